@@ -42,6 +42,7 @@ from chiasm.integrations.vllm.messages import Exchange, StepMetadata, StepReport
 from chiasm.integrations.vllm.metrics import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf  # noqa: E402
 from chiasm.integrations.vllm.settings import Settings, fingerprint_of, store_url  # noqa: E402
+from chiasm.integrations.vllm.waits import with_waits  # noqa: E402
 from chiasm.integrations.vllm.worker import WorkerHalf  # noqa: E402
 
 ECConnectorMetadata.register(StepMetadata)
@@ -164,16 +165,19 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         return self.scheduler_half.take_unavailable_requests()
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        """Return False, since nothing is kept back, and the ``ec_transfer_params`` of the answer: the published items."""
-        self.scheduler_half.request_finished(request)
+        """Return False, since nothing is kept back, and the ``ec_transfer_params`` of the answer: the published items.
+
+        vLLM's HTTP server gets the request's waits there, too, if it has asked for them.
+        """
+        waits = self.scheduler_half.request_finished(request)
         if not self.is_producer:
-            return False, None
+            return False, with_waits(None, waits)
         items = {
             identifier: entry
             for identifier, entry in collect_ec_item_metadata(request.mm_features, self._fields).items()
             if self.scheduler_half.is_published(identifier)
         }
-        return False, items or None
+        return False, with_waits(items or None, waits)
 
     # ---- worker ---------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@
 - *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited, how they
   are exchanged and which others have yet to fetch, and says where they are, by vLLM's way of calling a method of the engine by
   its name.
+- *How long has a request waited for embeddings?* The connector can add that to a request's last output. A stream is told with
+  the first, so it is added to what the scheduler hands out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from chiasm.errors import ConfigurationError
@@ -32,6 +35,7 @@ from chiasm.integrations.vllm.messages import (
     MISSING_METHOD,
     PLACE_METHOD,
     UNFETCHED_METHOD,
+    WAITS_METHOD,
     Exchange,
 )
 from chiasm.integrations.vllm.scheduler import SchedulerHalf
@@ -53,6 +57,7 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
     config.encoder_cache_manager_cls = name
     _halves[vllm_config.ec_transfer_config.engine_id] = half
     _wait_between_steps()
+    _tell_waits()
     for name, method in _METHODS.items():
         setattr(EngineCore, name, method)
 
@@ -62,19 +67,19 @@ def install(vllm_config: Any, half: SchedulerHalf) -> None:
 
 def _missing(engine: Any) -> list[str]:
     """Return which embeddings requests need next that are not in memory."""
-    half = _half_of(engine)
+    half = _half_of(engine.scheduler)
     return half.missing() if half is not None else []
 
 
 def _awaited(engine: Any) -> Future[list[str]]:
     """Return those of them that are not coming either. The connector is asked while the engine goes on."""
-    half, missing = _half_of(engine), _missing(engine)
+    half, missing = _half_of(engine.scheduler), _missing(engine)
     return _asking().submit(lambda: half.not_coming(missing) if half is not None else [])
 
 
 def _expect(engine: Any, told: str) -> None:
     """Note where embeddings are, given the JSON of EmbeddingPlaces, which the middleware has checked."""
-    half = _half_of(engine)
+    half = _half_of(engine.scheduler)
     if half is not None:
         half.expect(msgspec.json.decode(told, type=EmbeddingPlaces))
 
@@ -82,13 +87,20 @@ def _expect(engine: Any, told: str) -> None:
 def _exchange(engine: Any) -> str:
     """Return the JSON of how embeddings are exchanged."""
     connector = engine.scheduler.get_ec_connector()
-    exchange = connector.exchange() if _half_of(engine) is not None else Exchange()
+    exchange = connector.exchange() if _half_of(engine.scheduler) is not None else Exchange()
     return msgspec.json.encode(exchange).decode()
 
 
 def _unfetched(engine: Any) -> int:
     """Return how many embeddings others have yet to fetch."""
-    return int(engine.scheduler.get_ec_connector().num_unfetched()) if _half_of(engine) is not None else 0
+    return int(engine.scheduler.get_ec_connector().num_unfetched()) if _half_of(engine.scheduler) is not None else 0
+
+
+def _want_waits(engine: Any) -> None:
+    """Tell with the outputs how long requests have waited."""
+    half = _half_of(engine.scheduler)
+    if half is not None:
+        half.waits.are_wanted = True
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -97,6 +109,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     EXPECT_METHOD: _expect,
     PLACE_METHOD: _exchange,
     UNFETCHED_METHOD: _unfetched,
+    WAITS_METHOD: _want_waits,
 }
 
 
@@ -105,8 +118,8 @@ def _asking() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "chiasm-awaited")
 
 
-def _half_of(engine: Any) -> SchedulerHalf | None:
-    half = getattr(engine.scheduler.get_ec_connector(), "scheduler_half", None)
+def _half_of(scheduler: Any) -> SchedulerHalf | None:
+    half = getattr(scheduler.get_ec_connector(), "scheduler_half", None)
     return half if isinstance(half, SchedulerHalf) else None
 
 
@@ -161,7 +174,7 @@ def _wait_between_steps() -> None:
 
     @functools.wraps(step)
     def patient(engine: Any) -> Any:
-        half = _half_of(engine)
+        half = _half_of(engine.scheduler)
         if half is not None:
             half.begin_step()
         executed = step(engine)
@@ -171,6 +184,22 @@ def _wait_between_steps() -> None:
         return executed
 
     EngineCoreProc._process_engine_step = patient
+
+
+@functools.cache
+def _tell_waits() -> None:
+    """Have the schedulers of this process hand out waits with outputs."""
+    update = Scheduler.update_from_output
+
+    @functools.wraps(update)
+    def telling(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = update(scheduler, *args, **kwargs)
+        half = _half_of(scheduler)
+        if half is not None:
+            half.waits.tell(outputs.values())
+        return outputs
+
+    Scheduler.update_from_output = telling
 
 
 def _wait(engine: Any, half: SchedulerHalf) -> None:

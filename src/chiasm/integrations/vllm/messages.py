@@ -27,6 +27,10 @@ LOAD_METHOD = "chiasm_load"
 """The method by which it asks what the engine has to do; the answer is the JSON of a :class:`chiasm.wire.Load`."""
 UNFETCHED_METHOD = "chiasm_unfetched_embeddings"
 """The method by which it asks how many embeddings others have yet to fetch."""
+WAITS_METHOD = "chiasm_tell_waits"
+"""The method by which it asks the engine to tell with its outputs how long requests have waited for embeddings."""
+WAITS = "chiasm_waits"
+"""Where an output tells that, in its ``ec_transfer_params``."""
 
 
 class Exchange(msgspec.Struct, frozen=True):

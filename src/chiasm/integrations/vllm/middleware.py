@@ -35,6 +35,7 @@ from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.shutdown import ServerEnd
+from chiasm.integrations.vllm.stages import Stages
 from chiasm.server.config import ServerConfig
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
 from chiasm.wire import (
@@ -66,8 +67,9 @@ class ChiasmMiddleware:
     completions by vLLM's metadata.
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
-    image, refuses bodies of completions that are larger or say more than chiasm's own instances take (``bodies.py``), and
-    explains the error of a request that failed for lack of an embedding.
+    image, refuses bodies of completions that are larger or say more than chiasm's own instances take (``bodies.py``),
+    explains the error of a request that failed for lack of an embedding, and tells where the time of a completion went
+    (``stages.py``).
 
     Only processes of the fleet (``http/fleet_calls.py``; the key is in CHIASM_FLEET_KEY) may name images and embeddings, hand
     KV over, and use paths that chiasm doesn't know. Everything else passes unchanged.
@@ -87,11 +89,13 @@ class ChiasmMiddleware:
         self._describing: asyncio.Task[Description] | None = None
         self._end = ServerEnd()
         self._membership = Membership(self._end, self._fleet_key)
+        self._stages = Stages()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server starts, after vLLM has taken the signals
             self._end.take_over(scope["app"].state)
             self._membership.start(scope["app"].state)
+            self._stages.watch(scope["app"].state)
         # What runs while the server ends still waits for embeddings, and has to learn where they are.
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] not in _WHILE_ENDING:
             await self._end.run(self._guard, scope, receive, send)
@@ -114,9 +118,9 @@ class ChiasmMiddleware:
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
             await self._expect(scope, receive, send)
         elif (method, path) == ("POST", CHAT_PATH):
-            await self._chat(scope, receive, send)
+            await self._stages.run(self._chat, scope, receive, send)
         elif (method, path) == ("POST", COMPLETIONS_PATH):
-            await self._completion(scope, receive, send)
+            await self._stages.run(self._completion, scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
         else:
@@ -129,9 +133,9 @@ class ChiasmMiddleware:
             task = self._describing = asyncio.create_task(self._describe(scope["app"].state))
         return await asyncio.shield(task)
 
-    @staticmethod
-    async def _describe(state: Any) -> Description:
+    async def _describe(self, state: Any) -> Description:
         answers = await ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
+        await self._stages.ask_for_waits(state)
         exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
         return await asyncio.to_thread(describe, state, exchanges)
 

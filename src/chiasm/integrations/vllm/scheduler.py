@@ -35,6 +35,7 @@ from chiasm.integrations.vllm.items import (
 )
 from chiasm.integrations.vllm.messages import STORE_PREFIX, CounterPage, StepMetadata, StepReport
 from chiasm.integrations.vllm.settings import Settings
+from chiasm.integrations.vllm.waits import Wait, Waits
 from chiasm.wire import EmbeddingPlaces
 
 _AnswerT = TypeVar("_AnswerT")
@@ -100,6 +101,7 @@ class SchedulerHalf:
         self._counters = CounterPage()
         self._counts: dict[str, float] = {}
         self._own_stats = self._own_counters()
+        self.waits = Waits()
 
         self._requests: dict[str, TrackedRequest] = {}
         self._failed: set[str] = set()
@@ -154,7 +156,7 @@ class SchedulerHalf:
             if tracked.request_id in self._failed:
                 return False
             if not self._may_run_ahead(tracked, item.offset - num_computed_tokens, begins):
-                self._defer(tracked, item)
+                self._defer(tracked, index)
                 return False
             tracked.stop = index
             end = item.offset
@@ -260,13 +262,14 @@ class SchedulerHalf:
         if state is not None and state.content is not Content.EMBEDDING and self._memory.forget(identifier):
             state.content = Content.EMBEDDING
 
-    def request_finished(self, request: Any) -> None:
-        """Forget a request that is finished, whatever the reason."""
+    def request_finished(self, request: Any) -> list[Wait]:
+        """Forget a request that is finished, whatever the reason; return how it has waited."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._forget(tracked)
         self._ahead.discard(request.request_id)
         self._failed.discard(request.request_id)
+        return self.waits.finish(request.request_id)
 
     def is_published(self, identifier: str) -> bool:
         """Return whether consumers find what was encoded here; False for a name that is not an identifier."""
@@ -453,15 +456,18 @@ class SchedulerHalf:
         has_place = tracked.request_id in self._ahead or len(self._ahead) < reach.max_ahead
         return not begins or (tokens >= reach.min_tokens and has_place)
 
-    def _defer(self, tracked: TrackedRequest, item: Item) -> None:
-        tracked.missing = item.identifier
+    def _defer(self, tracked: TrackedRequest, index: int) -> None:
+        now, tracked.missing = self.clock(), tracked.items[index].identifier
+        self.waits.begin(tracked.request_id, index, now)
         if tracked.waiting_since is None:
-            tracked.waiting_since = self.clock()
+            tracked.waiting_since = now
             self._count("waits")
 
     def _end_wait(self, tracked: TrackedRequest) -> None:
         if tracked.waiting_since is not None:
-            self._count("wait_seconds", self.clock() - tracked.waiting_since)
+            now = self.clock()
+            self.waits.end(tracked.request_id, now)
+            self._count("wait_seconds", now - tracked.waiting_since)
             tracked.waiting_since = None
 
     def _fail(self, tracked: TrackedRequest, reason: str) -> None:

@@ -22,6 +22,8 @@ WAYS = frozenset({"send", "return", "answer", "transfer", "first token"})
 """Stages in which something is on its way, or waits to be noticed."""
 _SHORTEST = 1e-6
 _ITEM_STAGES = ("preprocess", "encode", "publish")
+_LAST_OF_ENCODER = ("encode", "publish", "lookup", "encode call")
+"""The last of them that there is for an image ends when its embedding is published; vLLM publishes as part of encoding."""
 _CONSECUTIVE = ("queue", "kv", "wait", "transfer", "prefill")
 """Stages of a language instance in the order in which they are shown if it doesn't tell when they were."""
 
@@ -143,9 +145,11 @@ def _of_call(call: LanguageCall, arrival: float, end: float, first: float | None
     ttft, total = duration_of(entries, "ttft"), duration_of(entries, "total")
     if ttft is None:
         return [Span("call", call.instance, sent, answered if first is None else first)], None
-    begin, _ = _placed(sent, answered, ttft if total is None else total)
+    begin, ended = _placed(sent, answered, ttft if total is None else total)
     token = begin + ttft
     spans = [Span("send", PROXY, sent, begin), *_at_language(call, entries, begin, token)]
+    if total is not None and first is None:  # another instance goes on
+        spans += [Span("answer", call.instance, token, ended), Span("return", PROXY, ended, answered)]
     if total is not None:
         return spans, token
     spans.append(Span("first token", PROXY, token, answered if first is None else first))
@@ -189,7 +193,7 @@ def _running(where: str, start: float, end: float, prefill_at: float) -> Iterato
 
 def _transfers(spans: Sequence[Span], calls: Iterable[LanguageCall], arrival: float) -> Iterator[Span]:
     """Yield how embeddings came from the encoders to the language instance that waited for them."""
-    published = {span.item: span.end for span in spans if span.name in ("publish", "lookup", "encode call")}
+    published = {span.item: span.end for span in spans if span.name in _LAST_OF_ENCODER}
     for call in calls:
         if call.answered_at is None or call.role == Role.DECODE:
             continue

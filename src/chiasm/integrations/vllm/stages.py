@@ -1,0 +1,227 @@
+"""Where the time of a request to vLLM went, told in ``Server-Timing`` as chiasm's own instances tell it.
+
+vLLM keeps for each request when its engine began to compute it and when the first token was there, and hands that out with
+the outputs of ``generate``, through which every answer comes. The outputs are watched on their way; the head of an answer is
+held back until its first bytes, which come with the first token, and says then what is known. The engine adds how long the
+request waited for embeddings (``waits.py``).
+
+The clocks of server and engine aren't compared: the first token is the instant that both know.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chiasm.http.timing import TimingEntry, write_timing
+from chiasm.integrations.vllm.engines import ask_engines
+from chiasm.integrations.vllm.messages import WAITS_METHOD
+from chiasm.integrations.vllm.settings import settings_of
+from chiasm.integrations.vllm.waits import Wait, take_waits
+
+_logger = logging.getLogger(__name__)
+_MAX_IMAGES = 64
+"""Of a call of an encoder, whose stages are told."""
+_STREAM = "text/event-stream"
+_current: ContextVar[RequestStages | None] = ContextVar("chiasm_stages", default=None)
+"""The request that the code which runs now answers."""
+
+
+class Stages:
+    """Watches the outputs of one server's engine, and tells stages in the heads of answers. On its event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._encodes = False
+        self._computes_prompts = True
+        self.are_told = False
+
+    def watch(self, state: Any) -> None:
+        """Watch the engine of vLLM's application with this ``state``, which is about to start."""
+        client: Any = getattr(state, "engine_client", None)
+        generate = getattr(client, "generate", None)
+        if generate is None or not getattr(client, "log_stats", False):
+            self._give_up(
+                "vLLM keeps no times of requests (--disable-log-stats, or a version that chiasm doesn't know)"
+            )
+            return
+        transfer = state.vllm_config.ec_transfer_config
+        self._encodes = transfer is None or transfer.is_ec_producer
+        self._computes_prompts = transfer is None or transfer.is_ec_consumer
+
+        def watched(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            outputs = generate(prompt, sampling_params, *args, **kwargs)
+            request = _current.get()
+            if request is not None and not request.begin(prompt, sampling_params):
+                request = None
+            return self._outputs(outputs, request)
+
+        client.generate = watched
+        self.are_told = True
+
+    async def ask_for_waits(self, state: Any) -> None:
+        """Ask the engines to tell for what requests wait."""
+        if not self.are_told or settings_of(state.vllm_config) is None:
+            return
+        try:
+            await ask_engines(state, WAITS_METHOD)
+        except Exception as error:  # vLLM's own; without waits, the other stages are told all the same
+            _logger.warning("This instance doesn't tell proxies how long requests wait for embeddings: %r", error)
+
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the application answer a request, and tell its stages."""
+        if not self.are_told:
+            await app(scope, receive, send)
+            return
+        request = RequestStages(send, self._clock, encodes=self._encodes, computes_prompts=self._computes_prompts)
+        token = _current.set(request)
+        try:
+            await app(scope, receive, request.send)
+        finally:
+            _current.reset(token)
+
+    async def _outputs(
+        self, outputs: AsyncGenerator[Any, None], request: RequestStages | None
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the outputs (vLLM's ``RequestOutput``) as they come."""
+        if request is not None:
+            request.hand_over()
+        async with aclosing(outputs):
+            async for output in outputs:
+                waits = take_waits(output)
+                if request is not None:
+                    try:
+                        request.note(output, waits)
+                    except Exception as error:  # of what another version of vLLM has in another way
+                        self._give_up(repr(error))
+                    request = None
+                yield output
+
+    def _give_up(self, reason: str) -> None:
+        self.are_told = False
+        _logger.warning("This instance doesn't tell proxies where the time of its requests goes: %s", reason)
+
+
+class RequestStages:
+    """The stages of one request. All times are seconds from its arrival."""
+
+    def __init__(self, send: Send, clock: Callable[[], float], *, encodes: bool, computes_prompts: bool) -> None:
+        """``encodes`` and ``computes_prompts`` say what the instance does."""
+        self._send = send
+        self._clock = clock
+        self._encodes = encodes
+        self._computes_prompts = computes_prompts
+        self._arrival = clock()
+        self._generations = 0
+        self._has_items = self._gets_kv = False
+        self._handed_over = 0.0
+        self._head: Message | None = None
+        self._entries: list[TimingEntry] = []
+
+    # ---- from the engine ----------------------------------------------------------------------------------------------
+
+    def begin(self, prompt: Any, sampling_params: Any) -> bool:
+        """Note that something is generated for the request; return whether it is the first, which alone is told."""
+        self._generations += 1
+        if self._generations > 1:
+            return False
+        self._has_items = isinstance(prompt, Mapping) and bool(prompt.get("mm_placeholders"))
+        extra = getattr(sampling_params, "extra_args", None)
+        transfer = extra.get("kv_transfer_params") if isinstance(extra, Mapping) else None
+        self._gets_kv = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
+        return True
+
+    def hand_over(self) -> None:
+        """Note that the engine gets the request."""
+        self._handed_over = self._now()
+
+    def note(self, output: Any, waits: Sequence[Wait]) -> None:
+        """Note the first output of the request, which may be the last as well."""
+        times = output.metrics
+        if not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
+            return  # it has failed before it ran
+        token: float = self._now() - (times.last_token_ts - times.first_token_ts)
+
+        def at(engine_time: float) -> float:
+            before_token = max(0.0, float(times.first_token_ts) - engine_time)
+            return max(self._handed_over, token - before_token)
+
+        prefill = at(times.scheduled_ts)
+        if not self._computes_prompts:
+            self._entries = self._of_images(output, prefill, token)
+            return
+        placed = [
+            Wait(at(wait.began), at(wait.ended), wait.item) for wait in waits if wait.began < times.first_token_ts
+        ]
+        self._entries = self._of_prompt(placed, prefill, token)
+        # The tokens say what prefill costs, so they are left out where it isn't all that was computed meanwhile.
+        if self._generations == 1 and not self._gets_kv and not (self._has_items and self._encodes):
+            self._entries.append(TimingEntry("prompt_tokens", description=str(len(output.prompt_token_ids))))
+            self._entries.append(TimingEntry("cached_tokens", description=str(output.num_cached_tokens or 0)))
+
+    def _of_images(self, output: Any, began: float, ended: float) -> list[TimingEntry]:
+        """Return the stages of an encoder: vLLM prepares all images of a call before its engine encodes them."""
+        items = (output.ec_transfer_params or {}).values()
+        count = min(sum(len(item["item_indices"]) for item in items), _MAX_IMAGES)
+        return [
+            entry
+            for index in range(count)
+            for entry in (
+                TimingEntry(f"preprocess{index}", self._handed_over, at=0.0),
+                TimingEntry(f"encode{index}", ended - began, at=began),
+            )
+        ]
+
+    def _of_prompt(self, waits: Sequence[Wait], prefill: float, token: float) -> list[TimingEntry]:
+        """Return the stages of a language instance up to the first token."""
+        before = sum(wait.ended - wait.began for wait in waits if wait.began < prefill)
+        after = sum(wait.ended - wait.began for wait in waits) - before
+        queue_seconds = max(0.0, prefill - self._handed_over - before)
+        computed = max(0.0, token - prefill - after)
+        if self._gets_kv:  # vLLM doesn't say when the KV had come, so there is no telling how long it was queued
+            return [
+                TimingEntry("kv", queue_seconds),
+                TimingEntry("wait", before + after),
+                TimingEntry("prefill", computed),
+                TimingEntry("ttft", token),
+            ]
+        return [
+            TimingEntry("queue", queue_seconds, at=self._handed_over),
+            TimingEntry("wait", before + after),
+            TimingEntry("prefill", computed, at=prefill),
+            TimingEntry("ttft", token),
+            *(TimingEntry("stall", wait.ended - wait.began, at=wait.began) for wait in waits),
+            *(
+                TimingEntry(f"item{item}", ended - self._handed_over, "waited", at=self._handed_over)
+                for item, ended in {wait.item: wait.ended for wait in waits}.items()
+            ),
+        ]
+
+    # ---- to the proxy ---------------------------------------------------------------------------------------------------
+
+    async def send(self, message: Message) -> None:
+        """Send what the application answers, the head together with the first bytes."""
+        if message["type"] == "http.response.start":
+            self._head = message
+            return
+        head, self._head = self._head, None
+        if head is not None:
+            if self._entries:
+                self._tell(MutableHeaders(scope=head))
+            await self._send(head)
+        await self._send(message)
+
+    def _tell(self, headers: MutableHeaders) -> None:
+        is_whole = not headers.get("content-type", "").startswith(_STREAM)
+        total = [TimingEntry("total", self._now())] if is_whole else []
+        headers.append("server-timing", write_timing([*self._entries, *total]))
+
+    def _now(self) -> float:
+        return self._clock() - self._arrival

@@ -1,0 +1,85 @@
+"""How long requests have waited for embeddings, as the engine tells vLLM's HTTP server.
+
+A request's waits go with its first output and with its last, under a name of their own in ``ec_transfer_params``: a stream is
+told at the first, a whole answer has only the last. The server (``stages.py``) takes them out again, and until it has asked
+for them, nothing is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from chiasm.integrations.vllm.messages import WAITS
+
+_MAX_WAITS = 16
+"""Of a request, that are told."""
+
+
+class Wait(NamedTuple):
+    """One wait of a request. Seconds on the engine's clock."""
+
+    began: float
+    ended: float
+    item: int
+    """Index of the item that it waited for."""
+
+
+class Waits:
+    """The waits of the requests that an engine has."""
+
+    def __init__(self) -> None:
+        self.are_wanted = False
+        """Whether the server has asked for them."""
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._ended: dict[str, list[Wait]] = {}
+        self._untold: set[str] = set()
+
+    def begin(self, request_id: str, item: int, now: float) -> None:
+        """Note that a request can't go on without an item."""
+        if not self.are_wanted:
+            return
+        begun = self._begun.get(request_id)
+        if begun is None or begun[1] != item:
+            self.end(request_id, now)
+            self._begun[request_id] = now, item
+
+    def end(self, request_id: str, now: float) -> None:
+        """Note that it can."""
+        begun = self._begun.pop(request_id, None)
+        if begun is None:
+            return
+        waits = self._ended.setdefault(request_id, [])
+        if len(waits) < _MAX_WAITS:
+            waits.append(Wait(begun[0], now, begun[1]))
+            self._untold.add(request_id)
+
+    def tell(self, outputs: Iterable[Any]) -> None:
+        """Put waits into the outputs (vLLM's ``EngineCoreOutputs``) of those requests that have waited since they were told."""
+        if not self._untold:
+            return
+        for of_client in outputs:
+            for output in of_client.outputs:
+                if output.request_id in self._untold:
+                    self._untold.discard(output.request_id)
+                    output.ec_transfer_params = with_waits(output.ec_transfer_params, self._ended[output.request_id])
+
+    def finish(self, request_id: str) -> list[Wait]:
+        """Forget a request, and return its waits."""
+        self._begun.pop(request_id, None)
+        self._untold.discard(request_id)
+        return self._ended.pop(request_id, [])
+
+
+def with_waits(params: dict[str, Any] | None, waits: list[Wait]) -> dict[str, Any] | None:
+    """Return the ``ec_transfer_params`` of an output that tells these waits."""
+    return {**(params or {}), WAITS: waits} if waits else params
+
+
+def take_waits(output: Any) -> list[Wait]:
+    """Take the waits out of an output (vLLM's ``RequestOutput``); return none if it tells none."""
+    params = getattr(output, "ec_transfer_params", None)
+    if not params or WAITS not in params:
+        return []
+    output.ec_transfer_params = {name: value for name, value in params.items() if name != WAITS} or None
+    return [Wait(*wait) for wait in params[WAITS]]
