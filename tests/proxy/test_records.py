@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -117,6 +118,35 @@ def test_an_instance_that_tells_nothing_has_one_span() -> None:
     record.trail.calls[0].timing = ""
     spans = rounded(timeline_of(record).spans)
     assert ("call", PD, 0.06, 0.89) in spans
+
+
+def test_an_encoder_that_publishes_while_it_encodes_has_the_embedding_travel_from_then_on() -> None:
+    record = record_of_one_image()
+    (item,) = record.trail.items
+    call = item.encoded.call._replace(timing=write_timing([entry("encode0", 0.35, at=0.2), entry("total", 0.58)]))
+    record.trail.items = [item._replace(encoded=EncodedAt(call, 0))]
+    assert ("transfer", PD, 0.66, 0.67) in rounded(timeline_of(record).spans)
+
+
+def test_a_whole_answer_that_another_instance_continues_is_covered_to_its_end() -> None:
+    """As that of prefill at vLLM: the client has nothing of it."""
+    prefill, decode = "10.0.0.3:8003", "10.0.0.4:8004"
+    told = [entry("queue", 0.1, at=0.1), entry("prefill", 0.2, at=0.2), entry("ttft", 0.4), entry("total", 0.45)]
+    trail = Trail(100.0)
+    trail.steps += [Step("read", 100.0, 100.1), Step("place", 100.6, 100.6)]
+    trail.calls += [
+        LanguageCall(prefill, "prefill", 100.1, 100.6, write_timing(told)),
+        LanguageCall(decode, "decode", 100.6, 101.0, "kv;dur=250, wait;dur=0, prefill;dur=50, ttft;dur=380"),
+    ]
+    base = record_of_one_image()
+    record = dataclasses.replace(base, trail=trail, first_at=101.0)
+    timeline = timeline_of(record)
+    spans = rounded(timeline.spans)
+    assert ("answer", prefill, 0.525, 0.575) in spans
+    assert ("return", "proxy", 0.575, 0.6) in spans
+    assert ("kv", decode, 0.69, 0.94) in spans
+    assert ("prefill", decode, 0.94, 0.99) in spans
+    assert timeline.covered() == pytest.approx(1.0)
 
 
 def test_what_an_instance_says_stays_within_its_call() -> None:

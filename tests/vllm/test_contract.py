@@ -35,6 +35,7 @@ from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunne
 
 from chiasm.ec_transfer import ECTransferRole
 from chiasm.integrations.vllm import ec_connector
+from chiasm.integrations.vllm.messages import WAITS
 from tests.integrations.vllm.conftest import Encoder
 from tests.integrations.vllm.contract import (
     BLOCK_TOKENS,
@@ -60,6 +61,8 @@ class RealVLLM(Instance):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.width = config.model_config.get_inputs_embeds_size()
+        self.outputs: list[Any] = []
+        """vLLM's ``EngineCoreOutput`` of the last step."""
         self._embeddings = {identifier_of(name): self.embedding_of(name) for name in "ab"}
         spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
         self._scheduler = Scheduler(
@@ -68,9 +71,9 @@ class RealVLLM(Instance):
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK_TOKENS,
         )
-        self._half = self._scheduler.get_ec_connector().scheduler_half
+        self.half = self._scheduler.get_ec_connector().scheduler_half
         ensure_ec_transfer_initialized(config)
-        self.record(self._half)
+        self.record(self.half)
         self.record(get_ec_transfer().worker_half)
         self._encoder_cache: dict[str, torch.Tensor] = {}
         self._folder = Path(config.ec_transfer_config.ec_connector_extra_config["shared_storage_path"])
@@ -85,6 +88,7 @@ class RealVLLM(Instance):
         pixels: bool = False,
         cached_tokens: int = 0,
         first_token: int = _TOKEN,
+        max_tokens: int = 1,
     ) -> None:
         features = [_feature(name, offset, pixels) for name, offset in places]
         tokens = tokens or max(offset for _, offset in places) + ROWS + 2
@@ -93,7 +97,7 @@ class RealVLLM(Instance):
             Request(
                 of,
                 prompt,
-                SamplingParams(max_tokens=1),
+                SamplingParams(max_tokens=max_tokens),
                 None,
                 mm_features=features,
                 block_hasher=self._block_hasher,
@@ -101,8 +105,8 @@ class RealVLLM(Instance):
         )
 
     def pass_time(self, seconds: float) -> None:
-        clock = self._half.clock
-        self._half.clock = lambda: clock() + seconds
+        clock = self.half.clock
+        self.half.clock = lambda: clock() + seconds
 
     def step(self, meanwhile: Callable[[], object] = lambda: None, *, is_far: bool = False) -> Outcome:
         self.calls.clear()
@@ -122,12 +126,8 @@ class RealVLLM(Instance):
             for index in indices
         ]
         done = scheduler.update_from_output(planned, self._run(planned, encoded))
-        failed = {
-            each.request_id
-            for outputs in done.values()
-            for each in outputs.outputs
-            if str(each.finish_reason) == "error"
-        }
+        self.outputs = [each for outputs in done.values() for each in outputs.outputs]
+        failed = {each.request_id for each in self.outputs if str(each.finish_reason) == "error"}
         return Outcome(dict(planned.num_scheduled_tokens), encoded, failed, list(self.calls))
 
     def _run(self, planned: Any, encoded: list[str]) -> Any:
@@ -226,6 +226,26 @@ class TestRealVLLM(EngineContract):
             assert pd.step().tokens == {f"text {index}": STEP_TOKENS}
         pd.begin(("a", 2), of="again", tokens=100)
         assert pd.step().tokens == {"again": 100}
+
+    def test_a_wait_is_told_with_the_first_output_and_with_the_last(
+        self, encoder: Encoder, start: Callable[[ECTransferRole], RealVLLM]
+    ) -> None:
+        pd = start(ECTransferRole.CONSUMER)
+        pd.half.waits.are_wanted = True
+        pd.begin(("a", 2), max_tokens=3)
+        pd.step()
+        pd.pass_time(100)
+        encoder.publish("a", pd.embedding_of("a"))
+        told = []
+        for _ in range(3):
+            pd.step()
+            (output,) = pd.outputs
+            told.append(output.ec_transfer_params)
+        assert told[1] is None
+        assert told[0] == told[2]
+        ((began, ended, item),) = told[0][WAITS]
+        assert ended - began >= 100
+        assert item == 0
 
 
 def _feature(name: str, offset: int, pixels: bool) -> MultiModalFeatureSpec:

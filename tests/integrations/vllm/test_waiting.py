@@ -6,11 +6,13 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
+from chiasm.integrations.vllm.messages import WAITS
 from chiasm.integrations.vllm.scheduler import Reach
 
 from .conftest import Encoder
@@ -40,6 +42,39 @@ def test_waiting_is_counted_once_and_timed(encoder: Encoder, pd: Engine) -> None
     assert (counts["waits"], counts["wait_seconds"], counts["hits"], counts["loads"]) == (1, 1.5, 1, 1)
     assert counts["loaded_bytes"] == embedding_of("a").nbytes
     assert pd.counts() == {}
+
+
+def test_what_a_request_waited_for_is_told_once_with_its_outputs_and_at_its_end(encoder: Encoder, pd: Engine) -> None:
+    pd.scheduler.waits.are_wanted = True
+    one, other = request(("a", 2), ("b", 8), of="one"), request(of="other", tokens=4)
+    outputs = [SimpleNamespace(request_id=name, ec_transfer_params=None) for name in ("other", "one", "one")]
+
+    def step(now: float) -> None:
+        pd.clock.now = now
+        pd.step(one, other)
+        pd.scheduler.waits.tell([SimpleNamespace(outputs=outputs[:2])])
+
+    step(1.0)
+    step(1.5)
+    encoder.publish("a")
+    step(2.0)  # what is missing now is the other item
+    encoder.publish("b")
+    step(4.0)
+    waits = [(1.0, 2.0, 0), (2.0, 4.0, 1)]
+    assert outputs[0].ec_transfer_params is None
+    assert outputs[1].ec_transfer_params == {WAITS: waits}
+    pd.scheduler.waits.tell([SimpleNamespace(outputs=outputs[2:])])
+    assert outputs[2].ec_transfer_params is None
+    assert pd.scheduler.request_finished(one) == waits
+    assert pd.scheduler.request_finished(other) == []
+
+
+def test_waits_that_nobody_wants_to_know_are_not_kept(encoder: Encoder, pd: Engine) -> None:
+    one = request(("a", 2))
+    pd.step(one)
+    encoder.publish("a")
+    pd.step(one)
+    assert pd.scheduler.request_finished(one) == []
 
 
 def test_an_item_that_does_not_arrive_fails_its_request_alone(encoder: Encoder, pd: Engine) -> None:

@@ -59,8 +59,8 @@ class Stages:
         def watched(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             outputs = generate(prompt, sampling_params, *args, **kwargs)
             request = _current.get()
-            if request is not None and not request.begin(prompt, sampling_params):
-                request = None
+            if request is not None:
+                request.begin(prompt, sampling_params)
             return self._outputs(outputs, request)
 
         client.generate = watched
@@ -127,26 +127,23 @@ class RequestStages:
 
     # ---- from the engine ----------------------------------------------------------------------------------------------
 
-    def begin(self, prompt: Any, sampling_params: Any) -> bool:
-        """Note that something is generated for the request; return whether it is the first, which alone is told."""
+    def begin(self, prompt: Any, sampling_params: Any) -> None:
+        """Note that something is generated for the request: for each of its prompts, of which the first to answer is told."""
         self._generations += 1
-        if self._generations > 1:
-            return False
         self._has_items = isinstance(prompt, Mapping) and bool(prompt.get("mm_placeholders"))
         extra = getattr(sampling_params, "extra_args", None)
         transfer = extra.get("kv_transfer_params") if isinstance(extra, Mapping) else None
         self._gets_kv = isinstance(transfer, Mapping) and bool(transfer.get("do_remote_prefill"))
-        return True
 
     def hand_over(self) -> None:
         """Note that the engine gets the request."""
-        self._handed_over = self._now()
+        self._handed_over = self._handed_over or self._now()
 
     def note(self, output: Any, waits: Sequence[Wait]) -> None:
-        """Note the first output of the request, which may be the last as well."""
+        """Note the first output of a prompt, which may be the last as well."""
         times = output.metrics
-        if not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
-            return  # it has failed before it ran
+        if self._entries or not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
+            return  # another was first, or it has failed before it ran
         token: float = self._now() - (times.last_token_ts - times.first_token_ts)
 
         def at(engine_time: float) -> float:
