@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import httpx2 as httpx
 
 from tests.free_ports import free_port
 
-from .processes import CALL_SECONDS, CHECKPOINT, Server, chiasm, transfer_config, vllm
+from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm, transfer_config, vllm
 from .wire import Body, chat, image_bytes, image_part
 
 WAIT_SECONDS = 120.0
@@ -126,6 +127,26 @@ def ask_all(server: Server, some: list[Body], *, stream: bool = False, at_once: 
     """Send several requests at a time, as clients do; return the answers in order."""
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(lambda body: (ask_for_stream if stream else ask)(server, body), some))
+
+
+def spans_of(proxy: Server, body: Body) -> dict[str, set[str]]:
+    """Send a request, and return the names of the spans that its record has, by the URL of the instance."""
+    request_id = uuid.uuid4().hex
+    url, headers = f"{proxy.url}/v1/chat/completions", {"X-Request-Id": request_id}
+    response = CLIENT.post(url, json=body, headers=headers, timeout=CALL_SECONDS)
+    assert response.status_code == 200, response.text
+    found = httpx.Response(404)
+
+    def has_record() -> bool:
+        nonlocal found
+        found = CLIENT.get(f"{proxy.url}/requests/{request_id}", timeout=CALL_SECONDS)
+        return found.status_code == 200
+
+    proxy.until(has_record)
+    spans: dict[str, set[str]] = {}
+    for span in found.json()["spans"]:
+        spans.setdefault(f"http://{span['where']}", set()).add(span["name"])
+    return spans
 
 
 def _answer(text: str, finish_reason: str, usage: dict[str, Any]) -> Answer:

@@ -9,6 +9,8 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from chiasm.http.timing import read_timing
+from chiasm.integrations.vllm.messages import WAITS
 from chiasm.wire import AWAITED_PATH, Load
 
 from .processes import CALL_SECONDS, Server
@@ -43,6 +45,24 @@ def test_a_late_embedding_is_waited_for(encoder: Server, pd: Server, aggregated:
         encode(encoder, data)
         assert answer.result() == expected
     pd.until(lambda: pd.count("waits") == before + 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_how_long_an_embedding_was_waited_for_is_told_in_the_head(encoder: Server, pd: Server, stream: bool) -> None:
+    data = image_bytes(15 + stream)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(pd.post, chat(sized(data), QUESTION, stream=stream))
+        pd.until(lambda: pd.metric("vllm:num_requests_waiting") == 1)
+        encode(encoder, data)
+        response = answer.result()
+    entries = read_timing(response.headers["server-timing"])
+    (stall,) = [one for one in entries if one.name == "stall"]
+    (item,) = [one for one in entries if one.name.startswith("item")]
+    assert (stall.seconds or 0) > 0
+    assert (item.name, item.description) == ("item0", "waited")
+    assert {"queue", "prefill", "ttft", "prompt_tokens", "cached_tokens"} <= {one.name for one in entries}
+    assert ("total" in {one.name for one in entries}) == (not stream)
+    assert WAITS not in response.text
 
 
 def test_what_an_instance_has_to_do_is_told_with_its_health(encoder: Server, pd: Server) -> None:

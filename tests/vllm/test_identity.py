@@ -17,11 +17,13 @@ import pytest
 from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
+from chiasm.http.timing import read_timing
+from chiasm.integrations.vllm.messages import WAITS
 from chiasm.media import identifier
 from chiasm.proxy.handover_engines import vllm_prefill_body
 from tests.store_server import StoreServer, running
 
-from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode
+from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode, spans_of
 from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
 from .test_doctor import examine
 from .wire import Body, chat, image_bytes, image_part
@@ -176,6 +178,27 @@ def test_vllms_encoder_and_chiasms_pd(fleet: Fleet) -> None:
 def test_streams(fleet: Fleet, way: str) -> None:
     server: Server = getattr(fleet, way)
     assert ask_all(server, fleet.bodies, stream=True) == fleet.expected
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_records_have_the_stages_of_language_instances(fleet: Fleet, stream: bool) -> None:
+    body = fleet.bodies[2] | {"stream": stream}
+    language = {"prepare", "queue", "prefill"}
+    spans = spans_of(fleet.split, body)
+    assert spans[fleet.pd.url] >= language | {"decode"}
+    apart = spans_of(fleet.split_twice, body)
+    assert apart[fleet.prefill.url] >= language
+    assert apart[fleet.decode.url] >= {"prepare", "kv", "prefill", "decode"}
+    assert not {"call", "encode call"} & set().union(*spans.values(), *apart.values())
+
+
+def test_an_encoder_tells_the_stages_of_its_images(fleet: Fleet) -> None:
+    response = fleet.encoder.post(chat(*map(image_part, images(1400)[:2]), max_tokens=1))
+    assert response.status_code == 200, response.text
+    told = {one.name: one for one in read_timing(response.headers["server-timing"])}
+    assert told.keys() == {"preprocess0", "encode0", "preprocess1", "encode1", "total"}
+    assert all((one.seconds or 0) > 0 for one in told.values())
+    assert WAITS not in response.text
 
 
 def test_a_request_for_several_choices_is_answered_by_prefill_alone(fleet: Fleet) -> None:
