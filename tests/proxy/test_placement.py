@@ -219,6 +219,18 @@ def test_prefill_is_learned_per_instance_and_text_for_all(fleet: Fleet, placemen
     assert placed.estimate_seconds == pytest.approx(516 * PER_TOKEN, rel=0.1)
 
 
+def test_images_whose_tokens_an_instance_does_not_know_say_nothing_of_text(fleet: Fleet, placement: Placement) -> None:
+    """As of vLLM, which reports what prefill took and not what images take."""
+    add(fleet, "e", Role.ENCODER, known=costs()), add(fleet, "vllm")
+    before = place(placement, text(1000)).prompt.seconds
+    for n in range(40):
+        placed = place(placement, images("a", tokens=24), float(n))
+        seconds = placed.instance.costs.prefill_seconds_per_token(float(n)) * 10_000
+        placement.first_token(placed, float(n), prefill_seconds=seconds, prompt_tokens=10_000)
+        placement.end(placed, float(n))
+    assert place(placement, text(1000)).prompt.seconds == pytest.approx(before)
+
+
 def test_language_instances_of_one_device_share_it(fleet: Fleet, placement: Placement) -> None:
     add(fleet, "1", known=costs(), device="m/cpu"), add(fleet, "2", known=costs(), device="m/cpu")
     first = place(placement, text(984))

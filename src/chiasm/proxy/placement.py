@@ -187,8 +187,9 @@ class Placement:
             return
         if placed.cached and not cached_tokens:
             instance.prompts.forget_prefixes(work.prefixes[: placed.cached])
-        image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
-        self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
+        if not work.items or instance.costs.reported.images:  # else a guess at the tokens of images would count as text
+            image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
+            self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
         if prefill_seconds is not None:
             instance.costs.learn_prefill(prompt_tokens - cached_tokens, prefill_seconds, now)
 
