@@ -18,7 +18,7 @@ from chiasm.wire import Role
 PROXY = "proxy"
 WAITS = frozenset({"read", "ready", "place", "await encoder", "queue", "wait"})
 """Stages in which nothing is done for the request."""
-WAYS = frozenset({"send", "return", "answer", "transfer", "first token"})
+WAYS = frozenset({"send", "return", "answer", "transfer", "kv", "first token"})
 """Stages in which something is on its way, or waits to be noticed."""
 _SHORTEST = 1e-6
 _ITEM_STAGES = ("preprocess", "encode", "publish")
