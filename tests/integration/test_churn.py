@@ -27,20 +27,21 @@ async def test_instances_of_all_roles_join_and_drain_and_no_request_fails(
     assert found.answers
 
 
-async def test_what_a_draining_pd_had_goes_elsewhere_when_it_is_killed(checkpoint: Path) -> None:
-    """Whole answers, since a PD's stream ends with the PD. A PD that has ended before it was killed is followed by another."""
+@pytest.mark.parametrize("roles", FLEETS, ids="-".join)
+async def test_what_a_draining_instance_of_any_role_had_goes_elsewhere_when_it_is_killed(
+    checkpoint: Path, roles: tuple[Role, ...]
+) -> None:
+    """Whole answers, since a stream ends with its instance. One that has ended before it was killed is followed by another."""
     asked = [json.dumps(json.loads(body) | {"stream": False, "max_tokens": 200}).encode() for body in bodies(seed=1)]
-    async with (
-        opened() as client,
-        churning(checkpoint, client, FORKS, roles=(Role.ENCODER, Role.PD), proxies=1) as churn,
-    ):
+    async with opened() as client, churning(checkpoint, client, FORKS, roles=roles, proxies=1) as churn:
         expected = {body: await churn.answer(churn.proxies[0], body) for body in asked}
         async with churn.asking(churn.proxies, expected, clients=4) as found:
-            code = 0
-            while code == 0:
-                await churn.join(Role.PD)
-                code = await churn.kill_while_draining(Role.PD)
-    assert code == -signal.SIGKILL
+            for role in roles:
+                code = 0
+                while code == 0:
+                    await churn.join(role)
+                    code = await churn.kill_while_draining(role)
+                assert code == -signal.SIGKILL
     assert found.failures == []
     assert found.differences == []
     assert found.answers

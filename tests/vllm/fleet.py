@@ -6,12 +6,14 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
 
 from tests.free_ports import free_port
+from tests.hosts import Host
 
 from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm, transfer_config, vllm
 from .wire import Body, chat, image_bytes, image_part
@@ -52,25 +54,34 @@ def prefill_and_decode(
     *,
     decode_flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    hosts: tuple[Host, Host] | None = None,
 ) -> tuple[Server, Server]:
-    """Start two vLLM instances that exchange KV through vLLM's own NixlConnector, without waiting until they are ready."""
+    """Start two vLLM instances that exchange KV through vLLM's own NixlConnector, without waiting until they are ready.
+
+    With ``hosts``, prefill is on the first and decode on the second.
+    """
     made = []
-    for role, kv_role, flags in (("prefill", "kv_producer", ()), ("decode", "kv_consumer", decode_flags)):
+    for index, (role, kv_role, flags) in enumerate(
+        (("prefill", "kv_producer", ()), ("decode", "kv_consumer", decode_flags))
+    ):
         kv = json.dumps({"kv_connector": "NixlConnector", "kv_role": kv_role})
-        side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+        address = hosts[index].address if hosts else "127.0.0.1"
+        side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": address, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
         transfer = transfer_config("ec_consumer", through, wait_seconds=WAIT_SECONDS)
-        made.append(
-            vllm(
-                logs,
-                f"{name}-{role}",
-                transfer,
-                "--kv-transfer-config",
-                kv,
-                *flags,
-                environment=side_channel | dict(environment or {}),
-                checkpoint=checkpoint,
+        with hosts[index].inside() if hosts else nullcontext():
+            made.append(
+                vllm(
+                    logs,
+                    f"{name}-{role}",
+                    transfer,
+                    "--kv-transfer-config",
+                    kv,
+                    *flags,
+                    environment=side_channel | dict(environment or {}),
+                    checkpoint=checkpoint,
+                    address=address,
+                )
             )
-        )
     return made[0], made[1]
 
 

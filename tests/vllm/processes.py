@@ -60,6 +60,8 @@ class Server:
     port: int
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
+    address: str = "127.0.0.1"
+    """Where it is reached."""
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def wait_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -160,10 +162,11 @@ def vllm(
     *flags: str,
     environment: dict[str, str] | None = None,
     checkpoint: Path = CHECKPOINT,
+    address: str = "127.0.0.1",
 ) -> Server:
     """Start `vllm serve` of a checkpoint with chiasm's middleware, and with its connector if ``transfer`` is given."""
     port = free_port()
-    command = [sys.executable, "-P", str(_VLLM), "serve", str(checkpoint), "--port", str(port)]
+    command = [sys.executable, "-P", str(_VLLM), "serve", str(checkpoint), "--host", address, "--port", str(port)]
     command += ["--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "256M"]
     command += ["--middleware", MIDDLEWARE, *flags]
@@ -171,7 +174,7 @@ def vllm(
         command += ["--ec-transfer-config", json.dumps(transfer)]
         if "connector" in transfer["ec_connector_extra_config"]:
             command += ["--distributed-executor-backend", ONE_PROCESS]
-    return Server(command, port, logs / f"{name}.log", environment or {})
+    return Server(command, port, logs / f"{name}.log", environment or {}, address)
 
 
 def chiasm(logs: Path, name: str, *arguments: str) -> Server:
