@@ -2,9 +2,9 @@
 
 Only what must hold for every request is looked at: whose caches it may use, what only the fleet may give, whether it names what
 an instance keeps, and whether it has images or other media. Images of responses and messages are treated like those of chats if
-the instances take names for them (``wire.IMAGE_PATHS``). Any others can't be encoded apart. An instance that encodes itself gets
-them, if the proxy has checked them as those of a chat completion, so they must be in the body; every other instance gets text
-alone. A request with a salt has none, because without a name such an image would be everybody's.
+the instances take names for them (``wire.IMAGE_PATHS``). No others can be encoded apart: an instance that encodes itself gets
+them, if the proxy has checked them as those of a chat completion, so they must be in the body, and every other instance gets
+text alone. A request with a salt has no such image, because without a name it would be everybody's.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def parse_other(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES, *, path: str)
 def media_refused(path: str) -> InvalidRequestError:
     """Return the error for images that no instance can encode, because a body of this path has them."""
     return InvalidRequestError(
-        f"The images of this request to {path} are encoded only by aggregated instances of vLLM, and none is healthy; send images "
-        "to /v1/chat/completions.",
+        f"The images of this request to {path} are encoded only by aggregated instances of vLLM, and none is healthy; send "
+        "images to /v1/chat/completions.",
         code=Code.MEDIA_NOT_SUPPORTED,
     )
 
@@ -124,7 +124,7 @@ def check_salted(path: str, request: Request) -> None:
 
 
 def check_unnamed(path: str, request: Request) -> None:
-    """Raise InvalidRequestError for a request that has images for which an instance takes no names, and that can't be sent so."""
+    """Raise InvalidRequestError for images that can be sent only with a name, which no instance takes for them."""
     if request.salt and request.media:
         raise _not_kept_apart(f"on {path} an image of this request can't be kept apart. Send images to {CHAT_PATH}.")
     if not all(_is_in_body(part.url) for part in request.media):

@@ -27,9 +27,7 @@ _TOKENS = re.compile(_TOKENS_PREFIX + rb"((?: [0-9]{1,10})*) ?\r?\n")
 _ERROR_KEY = b'"error"'
 _ERROR = re.compile(rb"data: ?(\{\s*\"error\".*)", re.DOTALL)
 _ERROR_EVENT = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\r\n\r\n))data: ?\{\s*\"error\".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
-_BEFORE_ANSWER = re.compile(
-    rb"(?:event: ?response\.(?:created|in_progress)\r?\n.*?(?:\r\n\r\n|\n\n))*", re.DOTALL
-)
+_BEFORE_ANSWER = re.compile(rb"(?:event: ?response\.(?:created|in_progress)\r?\n.*?(?:\r\n\r\n|\n\n))*", re.DOTALL)
 """Events that the API of responses sends before the prompt is computed."""
 _FINISH = re.compile(rb"\"finish_reason\":\s*\"")
 _members = msgspec.json.Decoder(dict[str, Raw])

@@ -277,7 +277,9 @@ def _media_part(part: _Part, message: int, place: int) -> MediaPart:
 def _with_detail(replacement: bytes, part: Raw) -> bytes:
     """Return a part with the ``detail`` of the one that it replaces, if that has one."""
     detail = _kind.decode(part).detail
-    return replacement if isinstance(detail, UnsetType) else json_object({**_object.decode(replacement), "detail": detail})
+    return (
+        replacement if isinstance(detail, UnsetType) else json_object({**_object.decode(replacement), "detail": detail})
+    )
 
 
 def _text_of(raw: Raw) -> tuple[bytes, bool]:
