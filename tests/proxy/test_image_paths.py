@@ -216,6 +216,29 @@ async def test_bounds_are_those_of_chats(start: Start, path: str) -> None:
     await until_idle(front)
 
 
+@BOTH
+async def test_images_do_not_count_as_text(start: Start, path: str) -> None:
+    large = image_bytes(size=(64, 64), compress_level=0)
+    front, (_, pd, aggregated) = await fleet(start, "encoder", "pd", "aggregated", http=HttpConfig(max_text_bytes=8192))
+    sent = json.dumps(body_of(path, image_of(path, large), {"type": "text", "text": "x"})).encode()
+    for body in (sent, sent[:-1] + b',"cache_salt":"s"}'):
+        assert (await front.post(body, path)).status == 200
+    for received in aggregated.received:
+        assert received.body == sent or len(embeds_of(received.json)) == 0
+    assert len(pd.received) + len(aggregated.received) == 2
+    text = body_of(path, image_of(path, RED), {"type": "text", "text": "x" * 9000, "data": "y" * 9000})
+    assert (await front.post(text, path)).status == 413
+
+
+@BOTH
+async def test_a_prompt_that_begins_alike_is_recognized(path: str) -> None:
+    large = image_bytes(size=(64, 64), compress_level=0)
+    value = body_of(path, image_of(path, RED), {"type": "text", "text": "x"}, image_of(path, large))
+    request = parse_other(json.dumps(value).encode(), path=path)
+    first, second = request.text_before_media()
+    assert (b"x" in first, b"x" in second, len(first) + len(second) < 400) == (False, True, True)
+
+
 async def test_an_image_that_is_no_url_in_the_body_counts_twice(start: Start) -> None:
     large = image_bytes(size=(64, 64), compress_level=0)
     body = json.dumps(body_of(MESSAGES_PATH, image_of(MESSAGES_PATH, large))).encode()

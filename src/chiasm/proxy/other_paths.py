@@ -19,7 +19,7 @@ import msgspec
 from chiasm.chat_body import IMAGE_TYPES, check_counts, content_parts, with_content_parts
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http.json_size import MAX_TEXT_BYTES
-from chiasm.http.lifted import read_lifted
+from chiasm.http.lifted import Lifted, read_lifted
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.request import MediaPart, Request, refuse_fleet_values, refuse_settings, with_member
 from chiasm.wire import CHAT_PATH, RESPONSES_PATH, UNREADABLE
@@ -102,9 +102,11 @@ def parse_other(body: bytes, max_text_bytes: int = MAX_TEXT_BYTES, *, path: str)
     def read(text: bytes) -> Request:
         return _parsed(text, path)
 
-    request, lifted = read_lifted(body, max_text_bytes, read, lambda found: [part.url for part in found.media])
+    request, lifted = read_lifted(
+        body, max_text_bytes, read, lambda found: [part.written for part in found.media if part.written is not None]
+    )
     request.lifted = lifted
-    request.media = [part._replace(url=lifted.urls.get(part.url, part.url)) for part in request.media]
+    request.media = [_with_pixels(part, lifted) for part in request.media]
     return request
 
 
@@ -212,24 +214,33 @@ def _media(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _media_part(part: dict[str, Any], *, may_be_elsewhere: bool) -> MediaPart:
     """Return an image. Raises InvalidRequestError for other media, and for an image elsewhere unless it may be."""
-    source, is_written = part.get("source"), False
-    url: Any = None
+    source = part.get("source")
+    header = ""
+    written: Any = None
     if part.get("type") == "image" and isinstance(source, dict):
         _check_members(part, {"type", "source", "cache_control"})
         if source.get("type") == "base64" and _IMAGE_TYPE.fullmatch(str(source.get("media_type"))):
-            url = f"{_DATA}{source['media_type']};base64,{source.get('data')}"
+            header, written = f"{_DATA}{source['media_type']};base64,", source.get("data")
         elif source.get("type") == "url":
-            url, is_written = source.get("url"), True
+            written = source.get("url")
     elif part.get("type") in ("input_image", "image_url"):
         _check_members(part, {"type", "image_url", "detail"})
-        url, is_written = part.get("image_url"), True
-        if isinstance(url, dict):
-            url, may_be_elsewhere = url.get("url"), False
-    if isinstance(url, str):
-        found = url.encode(errors="replace")
-        if _is_in_body(found) or may_be_elsewhere:
-            return MediaPart(found, has_uuid=False, written=found if is_written else None)
+        written = part.get("image_url")
+        if isinstance(written, dict):
+            written, may_be_elsewhere = written.get("url"), False
+    if isinstance(written, str):
+        found = written.encode(errors="replace")
+        url = header.encode() + found
+        if _is_in_body(url) or may_be_elsewhere:
+            return MediaPart(url, has_uuid=False, written=found)
     raise _unsupported()
+
+
+def _with_pixels(part: MediaPart, lifted: Lifted) -> MediaPart:
+    """Return an image with its own bytes in its URL, in place of a stand-in."""
+    if part.written is None or part.written not in lifted.urls:
+        return part
+    return part._replace(url=b"".join((part.url.removesuffix(part.written), lifted.urls[part.written])))
 
 
 def _is_in_body(url: bytes) -> bool:

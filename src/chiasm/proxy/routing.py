@@ -43,7 +43,7 @@ from chiasm.proxy.relay import begin, begin_answer
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
-from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, COUNT_TOKENS_PATH, Role
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, COUNT_TOKENS_PATH, RESPONSES_PATH, Role
 
 _MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
@@ -184,8 +184,8 @@ class Router:
         await self._balancer.until_healthy(has_images=False)
         await self._check(job)
         if job.request.media and self._takes_names(job, roles):
-            # What isn't in the body as a URL has been written as one, beside it.
-            job.exchange.hold(sum(len(part.url) for part in job.request.media if part.written is None))
+            if job.path != RESPONSES_PATH:  # what isn't in the body as a URL has been written as one, beside it
+                job.exchange.hold(sum(len(part.url) for part in job.request.media))
             counts = job.path == COUNT_TOKENS_PATH
             await self._balancer.until_healthy(has_images=not counts and not self._stored_embeddings.is_set)
             others = [one for one in self._fleet.healthy(*roles) if not one.takes_names_at(job.path)]

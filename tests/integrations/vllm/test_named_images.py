@@ -136,6 +136,19 @@ async def test_a_text_does_not_name_the_place_of_an_image(path: str) -> None:
 
 
 @BOTH
+async def test_images_do_not_count_as_text(path: str) -> None:
+    kind, _, data = PIXELS.partition(";base64,")
+    source = {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data}
+    own = (
+        {"type": "input_image", "image_url": PIXELS} if path == RESPONSES_PATH else {"type": "image", "source": source}
+    )
+    for part in (own, {"type": "image_url", "image_url": {"url": PIXELS}, "uuid": NAME}):
+        vllm = VLLM(config())
+        answer = await Server(vllm, max_text_bytes=4000).call("POST", path, json.dumps(body_of(path, part)).encode())
+        assert (answer.status, len(vllm.bodies)) == (200, 1)
+
+
+@BOTH
 async def test_a_body_beyond_the_limits_is_refused(path: str) -> None:
     vllm = VLLM(config())
     body = json.dumps(body_of(path, {"type": "text", "text": "x" * 9000})).encode()

@@ -115,7 +115,7 @@ def check_stranger(body: bytes, caller: Caller) -> None:
 
 
 def _image_urls(body: bytes, path: str = CHAT_PATH) -> list[bytes]:
-    """Return the URLs of images as the body has them. Raises InvalidRequestError for too much of anything."""
+    """Return the URLs of images, or their base64, as the body has them. Raises InvalidRequestError for too much of anything."""
     check_json_size(body)
     try:
         messages, parts = content_parts(body, path)
@@ -127,10 +127,13 @@ def _image_urls(body: bytes, path: str = CHAT_PATH) -> list[bytes]:
 
 
 def _url_of(part: Raw) -> bytes:
-    """Return the URL of an image part, without its quotes; nothing for any other part."""
-    image: Raw | bytes = _members(part).get("image_url", b"")
+    """Return the URL or base64 of an image part, without its quotes; nothing for any other part."""
+    fields = _members(part)
+    image: Raw | bytes = fields.get("image_url", b"")
     if bytes(memoryview(image)[:1]) == b"{":
         image = _members(image).get("url", b"")
+    elif "source" in fields:
+        image = _members(fields["source"]).get("data", b"")
     return bytes(image)[1:-1] if bytes(memoryview(image)[:1]) == b'"' else b""
 
 
