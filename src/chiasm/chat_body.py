@@ -58,6 +58,9 @@ def with_content_parts(body: bytes, replace: Replace, path: str = CHAT_PATH) -> 
 def content_parts(body: bytes, path: str = CHAT_PATH) -> tuple[list[dict[str, Raw]], list[Raw]]:
     """Return the messages of a body, and all their content parts. Raises like :func:`with_content_parts`."""
     messages = _objects.decode(_object.decode(body).get(_MESSAGES[path][0], b""))
+    if path == CHAT_PATH:  # the most frequent one: nothing is put together
+        contents = [message["content"] for message in messages if "content" in message]
+        return messages, [part for one in contents if bytes(memoryview(one)[:1]) == b"[" for part in _array.decode(one)]
     parts: list[Raw] = []
 
     def note(part: Raw) -> Raw:

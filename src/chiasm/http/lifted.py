@@ -1,8 +1,8 @@
 """Long ``data:`` URLs, and long members named ``data``, lifted out of a JSON body before it is decoded.
 
 Both are where images stand, the latter in the API of messages. Nearly all of a large body are images in base64. A decoder would
-walk over each several times, and hold the interpreter meanwhile. So they are cut out first, in small steps, and the body that is
-decoded has a short stand-in for each.
+walk over each several times, and hold the interpreter meanwhile. So they are cut out first, in small steps, and the body that
+is decoded has a short stand-in for each.
 """
 
 from __future__ import annotations
