@@ -1,4 +1,7 @@
-"""The content parts of a chat completion: how they are replaced, and how those of unknown types are refused."""
+"""The content parts of a chat completion: how they are replaced, and how those of unknown types are refused.
+
+Those of the APIs of responses and messages, which vLLM serves, are found at the places where vLLM reads images.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import msgspec
 from msgspec import Raw
 
 from chiasm.errors import InvalidRequestError
+from chiasm.wire import CHAT_PATH, COUNT_TOKENS_PATH, MESSAGES_PATH, RESPONSES_PATH
 
 MAX_MESSAGES = 1024
 """Messages in one chat."""
@@ -27,30 +31,45 @@ _ADVICE = {
     **dict.fromkeys(("file", "input_file", "document"), _NO_FILES),
 }
 _SHOWN_CHARACTERS = 50
-_WITH_TEXTS = {"messages", "tools", "documents", "chat_template_kwargs"}
+IMAGE_TYPES = {RESPONSES_PATH: "input_image", MESSAGES_PATH: "image", COUNT_TOKENS_PATH: "image"}
+"""The type of the content parts that are images, by path."""
+_WITH_TEXTS = {"messages", "tools", "documents", "chat_template_kwargs", "input", "instructions", "system"}
 _WITHOUT_TEXTS = {"type", "role", "uuid", "image_url", "image_embeds"}
 _object = msgspec.json.Decoder(dict[str, Raw])
 _objects = msgspec.json.Decoder(list[dict[str, Raw]])
 _array = msgspec.json.Decoder(list[Raw])
+Replace = Callable[[Raw], bytes | Raw]
 
 
-def with_content_parts(body: bytes, replace: Callable[[Raw], bytes | Raw]) -> bytes:
+def with_content_parts(body: bytes, replace: Replace, path: str = CHAT_PATH) -> bytes:
     """Return the body with each content part of each message replaced by the JSON that ``replace`` returns for it.
 
     The body is put together from what was understood, value by value: every other value keeps its bytes, and of a key that is
-    given twice the last value counts. Contents that are strings have no parts. Raises msgspec.DecodeError (of which
-    ValidationError is one), UnicodeDecodeError and RecursionError if the body is not a chat completion.
+    given twice the last value counts. Contents that are strings have no parts; at the paths of ``IMAGE_TYPES``, neither have
+    those of which vLLM reads the text alone. Raises msgspec.DecodeError (of which ValidationError is one), UnicodeDecodeError
+    and RecursionError if the body is not one of this path.
     """
     members = _object.decode(body)
-    messages = [_with_parts(message, replace) for message in _objects.decode(members.get("messages", b""))]
-    return json_object({**members, "messages": json_array(messages)})
+    name, with_parts = _MESSAGES[path]
+    messages = [with_parts(message, replace) for message in _objects.decode(members.get(name, b""))]
+    return json_object({**members, name: json_array(messages)})
 
 
-def content_parts(body: bytes) -> tuple[list[dict[str, Raw]], list[Raw]]:
-    """Return the messages of a chat completion, and all their content parts. Raises like :func:`with_content_parts`."""
-    messages = _objects.decode(_object.decode(body).get("messages", b""))
-    contents = [message["content"] for message in messages if "content" in message]
-    return messages, [part for one in contents if bytes(memoryview(one)[:1]) == b"[" for part in _array.decode(one)]
+def content_parts(body: bytes, path: str = CHAT_PATH) -> tuple[list[dict[str, Raw]], list[Raw]]:
+    """Return the messages of a body, and all their content parts. Raises like :func:`with_content_parts`."""
+    messages = _objects.decode(_object.decode(body).get(_MESSAGES[path][0], b""))
+    if path == CHAT_PATH:  # the most frequent one: nothing is put together
+        contents = [message["content"] for message in messages if "content" in message]
+        return messages, [part for one in contents if bytes(memoryview(one)[:1]) == b"[" for part in _array.decode(one)]
+    parts: list[Raw] = []
+
+    def note(part: Raw) -> Raw:
+        parts.append(part)
+        return part
+
+    for message in messages:
+        _MESSAGES[path][1](message, note)
+    return messages, parts
 
 
 def json_array_size(value: bytes | Raw | None) -> int:
@@ -86,11 +105,49 @@ def json_array(values: Sequence[bytes | Raw]) -> bytes:
     return b"".join([*pieces, b"]"] if pieces else [b"[]"])
 
 
-def _with_parts(message: Mapping[str, Raw], replace: Callable[[Raw], bytes | Raw]) -> bytes:
-    content = message.get("content")
+def _with_parts(message: Mapping[str, Raw], replace: Replace, name: str = "content") -> bytes:
+    content = message.get(name)
     if content is None or bytes(memoryview(content)[:1]) != b"[":
         return json_object(message)
-    return json_object({**message, "content": json_array([replace(part) for part in _array.decode(content)])})
+    return json_object({**message, name: json_array([replace(part) for part in _array.decode(content)])})
+
+
+def _with_parts_of_item(item: Mapping[str, Raw], replace: Replace) -> bytes:
+    """Do it for an item of the API of responses: a message, unless it is the model's own, or what a tool has returned."""
+    kind = _word(item, "type")
+    if kind in ("", "message") and _word(item, "role") in ("user", "system", "developer"):
+        return _with_parts(item, replace)
+    if kind in ("function_call_output", "custom_tool_call_output"):
+        return _with_parts(item, replace, "output")
+    return json_object(item)
+
+
+def _with_blocks(message: Mapping[str, Raw], replace: Replace) -> bytes:
+    """Do it for a message of the API of messages: its blocks, and those in what tools have returned."""
+    role = _word(message, "role")
+
+    def with_result(block: Raw) -> bytes | Raw:
+        fields = _object.decode(block)
+        if _word(fields, "type") != "tool_result":
+            return replace(block)
+        return _with_parts(fields, replace) if role == "user" else block
+
+    return _with_parts(message, with_result) if role in ("user", "assistant") else json_object(message)
+
+
+_MESSAGES: dict[str, tuple[str, Callable[[Mapping[str, Raw], Replace], bytes]]] = {
+    CHAT_PATH: ("messages", _with_parts),
+    RESPONSES_PATH: ("input", _with_parts_of_item),
+    MESSAGES_PATH: ("messages", _with_blocks),
+    COUNT_TOKENS_PATH: ("messages", _with_blocks),
+}
+"""By path, the member that holds the messages, and what replaces the parts of one of them."""
+
+
+def _word(fields: Mapping[str, Raw], name: str) -> str:
+    """Return a member that is a string; "" for any other value."""
+    value = msgspec.json.decode(fields.get(name, b'""'))
+    return value if isinstance(value, str) else ""
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -29,8 +29,12 @@ Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
+MESSAGES_PATH = "/v1/messages"
+COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+IMAGE_PATHS = (RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH)
+"""Besides that of chats, those at which an instance may take images by the names of their embeddings."""
 OTHER_PATHS = (
-    *(RESPONSES_PATH, "/v1/messages", "/v1/messages/count_tokens"),
+    *IMAGE_PATHS,
     *("/v1/embeddings", "/v2/embed", "/pooling", "/classify"),
     *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
     *("/tokenize", "/detokenize"),
@@ -161,6 +165,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Whether requests need an API key, which the proxy passes on."""
     takes_image_size: bool = True
     """Whether ``image_size`` sizes placeholders for it; otherwise it needs the metadata of the encoder's answer."""
+    image_paths: list[Name] = []
+    """Those of ``IMAGE_PATHS`` at which it takes the content parts by which images of chats are named."""
     max_model_len: Count | None = None
     """Tokens of prompt and answer together."""
     longest_token: Count | None = None

@@ -1,4 +1,4 @@
-"""Long data: URLs are lifted out of a body, and nothing else changes."""
+"""Long data: URLs and members named data are lifted out of a body, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,24 @@ from chiasm.errors import PayloadTooLargeError
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.lifted import Lifted, lift, read_lifted
 
-URL = "data:image/png;base64," + "A" * 5000
+BASE64 = "A" * 5000
+URL = "data:image/png;base64," + BASE64
 TEXTS = st.one_of(
-    st.sampled_from([URL, URL + "\n", '"' + URL, '\\"' + URL, URL + '"', "é" + URL, "data:" + "é" * 5000, "data:x"]),
+    st.sampled_from(
+        [
+            "data",
+            BASE64,
+            '\\"data',
+            URL,
+            URL + "\n",
+            '"' + URL,
+            '\\"' + URL,
+            URL + '"',
+            "é" + URL,
+            "data:" + "é" * 5000,
+            "data:x",
+        ]
+    ),
     st.text(max_size=5),
 )
 VALUES = st.recursive(
@@ -45,7 +60,12 @@ def test_a_body_with_stand_ins_says_the_same_and_can_be_restored(value: Any, asc
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(['"', "\\", "[", ",", " ", "x", URL, '"' + URL]), max_size=8))
+@given(
+    st.lists(
+        st.sampled_from(['"', "\\", "[", ",", " ", "x", URL, '"' + URL, '"data"', ":", "{", '"' + BASE64 + '"']),
+        max_size=8,
+    )
+)
 def test_what_is_no_json_stays_none(pieces: list[str]) -> None:
     body = "".join(pieces).encode()
 
@@ -71,6 +91,15 @@ def test_only_the_urls_of_images_are_lifted() -> None:
     found, lifted = read(json.dumps({"urls": [URL], "text": URL}).encode())
     assert found["text"] == URL
     assert [lifted.urls[url] for url in urls_of(found)] == [URL.encode()]
+
+
+@pytest.mark.parametrize("between", [":", " : ", "\n:\t"])
+def test_base64_in_a_member_named_data_is_lifted(between: str) -> None:
+    body = f'{{"urls":[], "text": "\\"data\\":", "data"{between}"{BASE64}", "more": "{BASE64}"}}'.encode()
+    lifted = lift(body)
+    assert list(lifted.urls.values()) == [BASE64.encode()]
+    assert json.loads(lifted.body)["data"].encode() in lifted.urls
+    assert lifted.restored(lifted.body) == body
 
 
 def test_images_do_not_count_as_text_and_texts_that_look_like_them_do() -> None:

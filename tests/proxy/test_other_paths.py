@@ -211,7 +211,7 @@ def test_all_other_media_are_refused_wherever_they_are(value: dict[str, Any]) ->
     escaped = json.dumps(value).replace("image", "\\u0069mage").encode()
     for body in (json.dumps(value).encode(), escaped):
         with pytest.raises(InvalidRequestError) as refusal:
-            parse_other(body)
+            parse_other(body, path="/pooling")
         assert refusal.value.code == Code.MEDIA_NOT_SUPPORTED
 
 
@@ -226,10 +226,10 @@ def test_all_other_media_are_refused_wherever_they_are(value: dict[str, Any]) ->
     ids=lambda value: json.dumps(value)[:40],
 )
 def test_words_and_schemas_are_no_media(value: dict[str, Any]) -> None:
-    assert parse_other(json.dumps(value).encode()).media == []
+    assert parse_other(json.dumps(value).encode(), path="/pooling").media == []
 
 
 def test_a_deeply_nested_body_with_an_image_is_looked_through() -> None:
     body = b'{"input": %b{"type": "input_image"}%b}' % (b"[" * 500, b"]" * 500)
     with pytest.raises(InvalidRequestError):
-        parse_other(body)
+        parse_other(body, path="/pooling")

@@ -1,7 +1,8 @@
-"""Long ``data:`` URLs, lifted out of a JSON body before it is decoded.
+"""Long ``data:`` URLs, and long members named ``data``, lifted out of a JSON body before it is decoded.
 
-Nearly all of a large body are images in base64. A decoder would walk over each several times, and hold the interpreter
-meanwhile. So they are cut out first, in small steps, and the body that is decoded has a short stand-in for each.
+Both are where images stand, the latter in the API of messages. Nearly all of a large body are images in base64. A decoder would
+walk over each several times, and hold the interpreter meanwhile. So they are cut out first, in small steps, and the body that
+is decoded has a short stand-in for each.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from chiasm.http.json_size import check_text_size
 _T = TypeVar("_T")
 _LONG_BYTES = 4096
 _MAX_STRINGS = 1 << 14
-"""So many strings that begin with ``data:`` are looked at, long or not."""
+"""So many of these strings are looked at, long or not."""
 _STEP_BYTES = 1 << 20
 """What is searched or copied at once: under a millisecond, after which other threads may run."""
-_BEGIN = b'"data:'
+_BEGIN = b'"data'
+_STRING = re.compile(rb'"(?:(?=data:)|data"[ \t\r\n]{0,16}:[ \t\r\n]{0,16}")')
+"""Up to the first character of the string."""
 _QUOTE = b'"'
 _STAND_IN = re.compile(rb"data:lifted-[0-9a-f]{16}-[0-9]+\.")
 """What a stand-in looks like; which ones are, only the body that was lifted knows."""
@@ -34,7 +37,7 @@ class Lifted(NamedTuple):
     body: bytes
     """The body with stand-ins, or all of it if it has no long URL."""
     urls: Mapping[bytes, bytes] = MappingProxyType({})
-    """By their stand-ins, both without quotes."""
+    """What was lifted out, URLs or base64, by the stand-ins; both without quotes."""
 
     def restored(self, text: bytes, stand_ins: Collection[bytes] | None = None) -> bytes:
         """Return a body with URLs in place of these stand-ins (None: of all). Copying lets other threads run."""
@@ -60,7 +63,7 @@ NOTHING_LIFTED = Lifted(b"")
 
 
 def lift(body: bytes) -> Lifted:
-    """Lift all strings out of a body that are long, begin with ``data:`` and need no escapes.
+    """Lift all strings out of a body that are long, begin with ``data:`` or are a member of this name, and need no escapes.
 
     A stand-in is a string as well, which no client can guess, so that the body is as valid JSON with it as with the URL, also
     where ``"data:`` doesn't begin a string.
@@ -89,8 +92,8 @@ def read_lifted(
 ) -> tuple[_T, Lifted]:
     """Return what ``read`` makes of a body without the long URLs of its images, which ``images_of`` lists.
 
-    What begins with ``data:`` elsewhere, such as in a text, stays in the body. Raises PayloadTooLargeError if what is left is
-    more than ``max_text_bytes``, and what ``read`` raises.
+    What was lifted from elsewhere, such as a text that begins with ``data:``, goes back into the body. Raises
+    PayloadTooLargeError if what is left is more than ``max_text_bytes``, and what ``read`` raises.
     """
     lifted = lift(body)
     check_text_size(lifted.body, max_text_bytes)
@@ -105,16 +108,20 @@ def read_lifted(
 
 
 def _long_strings(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where long strings begin and end that begin with ``data:``, without their quotes."""
+    """Yield where long strings begin and end that may be images, without their quotes."""
     at = 0
     for _ in range(_MAX_STRINGS):
         quote = _find(body, _BEGIN, at)
-        end = _find(body, _QUOTE, quote + 1) if quote >= 0 else -1
+        if quote < 0:
+            return
+        opened = _STRING.match(body, quote)
+        start = opened.end() if opened else quote + 1
+        end = _find(body, _QUOTE, start)
         if end < 0:
             return
-        if end - quote > _LONG_BYTES:
-            yield quote + 1, end
-        at = end + 1
+        if opened and end - start >= _LONG_BYTES:
+            yield start, end
+        at = end + 1 if opened else start
 
 
 def _find(body: bytes, what: bytes, start: int) -> int:

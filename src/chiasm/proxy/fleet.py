@@ -143,6 +143,10 @@ class Instance:
         """Whether it may serve more than completions: all but the built-in engine, which tells its version."""
         return self.is_vllm or (self.health is not None and not self.health.version)
 
+    def takes_names_at(self, path: str) -> bool:
+        """Whether images in requests to one of the other paths may have names, as those of chats."""
+        return self.health is not None and path in self.health.image_paths
+
     @property
     def load(self) -> float:
         """What balancing compares. Of a decode instance: the shares of its sequences and of its KV blocks that are in use.

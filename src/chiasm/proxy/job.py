@@ -246,7 +246,7 @@ class Job:
             headers=[*headers, self.timing.header(given.get("server-timing", ""))],
         )
 
-    async def send_stream_as_it_is(self, call: Call, first: bytes) -> None:
+    async def send_stream_as_it_is(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
         """Pass on a stream that begins with ``first``, in whole events, and add nothing to it."""
         splitter = EventSplitter()
         given = call.headers
@@ -257,7 +257,7 @@ class Job:
         chunk = first
         while chunk:
             await self.exchange.write(splitter.take(chunk))
-            chunk = await call.chunk()
+            chunk = await next_chunk()
         await self.exchange.end_events(splitter.rest())
 
     async def send_events(self, chunk: bytes, call: Call) -> None:

@@ -27,6 +27,8 @@ _TOKENS = re.compile(_TOKENS_PREFIX + rb"((?: [0-9]{1,10})*) ?\r?\n")
 _ERROR_KEY = b'"error"'
 _ERROR = re.compile(rb"data: ?(\{\s*\"error\".*)", re.DOTALL)
 _ERROR_EVENT = re.compile(rb"(?:\A|(?<=\n\n)|(?<=\r\n\r\n))data: ?\{\s*\"error\".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
+_BEFORE_ANSWER = re.compile(rb"(?:event: ?response\.(?:created|in_progress)\r?\n.*?(?:\r\n\r\n|\n\n))*", re.DOTALL)
+"""Events that the API of responses sends before the prompt is computed."""
 _FINISH = re.compile(rb"\"finish_reason\":\s*\"")
 _members = msgspec.json.Decoder(dict[str, Raw])
 
@@ -131,6 +133,17 @@ async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
     block = _BLOCK.match(data)
     if error := _ERROR.match(block[0]) if block else None:
         raise InstanceError(error[1], _ABORTED)
+    return data
+
+
+async def begin_answer(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
+    """Return the beginning of a stream of responses or messages, at least the first event that needed the whole prompt."""
+    data = b""
+    while len(data) <= MAX_EVENT_BYTES and (chunk := await next_chunk()):
+        data += chunk
+        before = _BEFORE_ANSWER.match(data)
+        if end_of_events(data) > (before.end() if before else 0):
+            break
     return data
 
 

@@ -13,13 +13,13 @@ from typing import NamedTuple, Protocol, TypeVar
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from chiasm.chat_body import check_counts, refused_part, with_content_parts
+from chiasm.chat_body import IMAGE_TYPES, check_counts, json_object, refused_part, with_content_parts
 from chiasm.ec_transfer import check_identifier
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http.json_size import INLINE_BYTES, MAX_TEXT_BYTES, check_text_size
 from chiasm.http.lifted import NOTHING_LIFTED, Lifted, read_lifted
 from chiasm.http.untrusted import read_json
-from chiasm.wire import UNREADABLE
+from chiasm.wire import CHAT_PATH, UNREADABLE
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 """What vLLM takes as text. The built-in engine takes only the first of them, and says so."""
@@ -54,6 +54,8 @@ class Request:
     """The long URLs of media parts, for which ``body`` has stand-ins."""
     kept: str = ""
     """The first member by which a body of another path names what an instance keeps between requests; empty if none does."""
+    path: str = CHAT_PATH
+    """Where it was sent, if its media parts can be replaced; empty if they can't."""
 
     @property
     def text_bytes(self) -> int:
@@ -66,7 +68,7 @@ class Request:
         It ends early at a URL that the body doesn't hold as it is.
         """
         pieces: list[bytes] = []
-        start = max(0, self.body.find(b'"messages"'))
+        start = max(0, self.body.find(b'"messages"'))  # the input of responses may begin anywhere
         for part in self.media:
             at = -1 if part.written is None else self.body.find(b'"%b"' % part.written, start)
             if part.written is None or at < 0:
@@ -101,10 +103,16 @@ class Request:
         replacements = iter(parts)
 
         def replace(part: Raw) -> bytes | Raw:
-            return part if _kind.decode(part).type in _TEXT_PARTS else next(replacements) or part
+            kind = _kind.decode(part).type
+            if kind in _TEXT_PARTS if self.path == CHAT_PATH else kind != IMAGE_TYPES[self.path]:
+                return part
+            replacement = next(replacements)
+            if replacement is None:
+                return part
+            return replacement if self.path == CHAT_PATH else _with_detail(replacement, part)
 
         try:
-            body = with_content_parts(self.body, replace)
+            body = with_content_parts(self.body, replace, self.path)
         except UNREADABLE as error:  # in what is only passed on, such as the name of a field that nobody knows
             raise InvalidRequestError(f"The body is not valid JSON: {error}.", code=Code.INVALID_JSON) from None
         return self.lifted.restored(body)
@@ -152,8 +160,17 @@ class OfFleet(Protocol):
     vllm_xargs: Raw | UnsetType
 
 
+class WithSettings(Protocol):
+    """A body that may have settings of the processor of its images."""
+
+    mm_processor_kwargs: Raw | UnsetType
+    media_io_kwargs: Raw | UnsetType
+
+
 class _Kind(msgspec.Struct):
     type: str = ""
+    detail: Raw | UnsetType = UNSET
+    """Which the API of responses has beside an image's URL, and vLLM checks."""
 
 
 _B = TypeVar("_B", bound=_Body)
@@ -199,8 +216,7 @@ def _parsed_chat(body: bytes) -> Request:
         if part.type not in _TEXT_PARTS
     ]
     if media:
-        for name in ("mm_processor_kwargs", "media_io_kwargs"):
-            _refuse_value(name, getattr(parsed, name), "the processor's settings are the same for all requests")
+        refuse_settings(parsed)
     texts = [message.content for message in parsed.messages if isinstance(message.content, str)]
     texts += [part.text for content in contents for part in content if part.text is not None]
     return Request(
@@ -221,6 +237,12 @@ def refuse_fleet_values(parsed: OfFleet) -> None:
     for name in _OF_FLEET:
         _refuse_value(name, getattr(parsed, name), _ONLY_FLEET)
         _refuse_value(f"vllm_xargs.{name}", more.get(name, UNSET), _ONLY_FLEET)
+
+
+def refuse_settings(parsed: WithSettings) -> None:
+    """Raise InvalidRequestError for a body with images that gives settings of their processor."""
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        _refuse_value(name, getattr(parsed, name), "the processor's settings are the same for all requests")
 
 
 def _decode(decoder: msgspec.json.Decoder[_B], body: bytes) -> _B:
@@ -250,6 +272,14 @@ def _media_part(part: _Part, message: int, place: int) -> MediaPart:
     if has_uuid:
         check_identifier(_string_or_none(part.uuid))
     return MediaPart(url, has_uuid, url if is_verbatim else None)
+
+
+def _with_detail(replacement: bytes, part: Raw) -> bytes:
+    """Return a part with the ``detail`` of the one that it replaces, if that has one."""
+    detail = _kind.decode(part).detail
+    return (
+        replacement if isinstance(detail, UnsetType) else json_object({**_object.decode(replacement), "detail": detail})
+    )
 
 
 def _text_of(raw: Raw) -> tuple[bytes, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.encoders import Encoders
-from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
 from chiasm.proxy.job import Job, Original
@@ -35,15 +35,15 @@ from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import DemandCollector, Metrics
-from chiasm.proxy.other_paths import check_salted, media_refused
+from chiasm.proxy.other_paths import check_salted, check_unnamed, media_refused
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
-from chiasm.proxy.relay import begin
+from chiasm.proxy.relay import begin, begin_answer
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
-from chiasm.wire import CHAT_PATH, Role
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, COUNT_TOKENS_PATH, RESPONSES_PATH, Role
 
 _MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
@@ -138,15 +138,26 @@ class Router:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
         has_media = bool(job.request.media)
         await self._balancer.until_healthy(has_images=has_media and not self._stored_embeddings.is_set)
+        await self._check(job)
+        self._check_text(job)
+        await self._answer(job, started)
+
+    async def _check(self, job: Job) -> None:
+        """Raise a ChiasmError unless the request has a valid key and asks for a model that is served."""
         await self._key_check.check(job.exchange.headers)
         self._balancer.check_model(job.request.model)
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
-        self._check_text(job)
+
+    async def _answer(
+        self, job: Job, started: float, send_back: SendBack | None = None, avoid: Collection[Instance] = ()
+    ) -> None:
+        """Have images encoded, if there are any, and the request answered, by one of ``avoid`` only if there is no other."""
+        has_media = bool(job.request.media)
         job.trail.passed("ready")
         items = await self._read_items(job) if has_media else []
-        needs_encoder = has_media
+        needs_encoder = has_media and job.path != COUNT_TOKENS_PATH
         if has_media:
-            if self._stored_embeddings.is_set:
+            if needs_encoder and self._stored_embeddings.is_set:
                 needs_encoder = await self._needs_encoder(items, job)
                 job.trail.passed("store")
             job.work = _work(job, items)
@@ -156,12 +167,12 @@ class Router:
                 await self._send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
-            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started):
+            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, avoid):
                 self._metrics.language_retries.inc()
-                with await self._balancer.assign(job, (Role.AGGREGATED,)) as assignment:
+                with await self._balancer.assign(job, (Role.AGGREGATED,), avoid=avoid) as assignment:
                     await job.end_encoding()
                     await job.return_to_original()
-                    await self._call(job, assignment)
+                    await self._call(job, assignment, send_back)
         finally:
             job.original = None
             await job.end_encoding()
@@ -171,10 +182,17 @@ class Router:
         check_salted(job.path, job.request)
         roles = self._roles(needs_encoder=False)
         await self._balancer.until_healthy(has_images=False)
-        await self._key_check.check(job.exchange.headers)
-        self._balancer.check_model(job.request.model)
-        job.note_model(job.request.model or next(iter(self._fleet.models), ""))
+        await self._check(job)
+        if job.request.media and self._takes_names(job, roles):
+            if job.path != RESPONSES_PATH:  # what isn't in the body as a URL has been written as one, beside it
+                job.exchange.hold(sum(len(part.url) for part in job.request.media))
+            counts = job.path == COUNT_TOKENS_PATH
+            await self._balancer.until_healthy(has_images=not counts and not self._stored_embeddings.is_set)
+            others = [one for one in self._fleet.healthy(*roles) if not one.takes_names_at(job.path)]
+            await self._answer(job, started, self._send_back_as_it_is, others)
+            return
         if job.request.media:
+            check_unnamed(job.path, job.request)
             roles = (Role.AGGREGATED,)
             if not any(one.serves_other_paths for one in self._fleet.healthy(*roles)):
                 raise media_refused(job.path)
@@ -187,6 +205,11 @@ class Router:
         with await self._balancer.assign(job, roles, avoid=understands_none) as assignment:
             self._note_overhead(job, started, has_media=bool(job.request.media))
             await self._call(job, assignment, self._send_back_as_it_is)
+
+    def _takes_names(self, job: Job, roles: tuple[Role, ...]) -> bool:
+        """Whether the request's images can be named as those of a chat: at each instance that may get it."""
+        instances = [one for one in self._fleet.healthy(*roles) if one.serves_other_paths]
+        return bool(job.request.path and instances) and all(one.takes_names_at(job.path) for one in instances)
 
     def _check_text(self, job: Job) -> None:
         """Raise InvalidRequestError for a text that no instance can take, before anything else is done for it."""
@@ -252,6 +275,9 @@ class Router:
         job.request.forget()
         job.request.body = body
         job.identifiers = job.trail.identifiers = [item.identifier for item in items]
+        if job.path == COUNT_TOKENS_PATH:  # which needs their sizes alone
+            items.clear()
+            return
         job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
         items.clear()  # kept by the task alone
 
@@ -312,10 +338,18 @@ class Router:
         )
         await handover.run()
 
-    async def _send_to_one(self, job: Job, items: list[Item], roles: tuple[Role, ...], started: float) -> bool:
+    async def _send_to_one(
+        self,
+        job: Job,
+        items: list[Item],
+        roles: tuple[Role, ...],
+        started: float,
+        send_back: SendBack | None,
+        avoid: Collection[Instance],
+    ) -> bool:
         """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
         has_media = bool(items)
-        with await self._balancer.assign(job, roles) as assignment:
+        with await self._balancer.assign(job, roles, avoid=avoid) as assignment:
             encodes_itself = assignment.instance.role is Role.AGGREGATED
             if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
                 job.original = _original(job, items)
@@ -326,7 +360,7 @@ class Router:
                 await self._send_to_encoders(job, items, assignment.embedded)
             self._note_overhead(job, started, has_media)
             try:
-                await self._call(job, assignment)
+                await self._call(job, assignment, send_back)
             except (OverloadedError, EmbeddingUnavailableError, InstanceLostError, ResponseCutOffError):
                 if not self._may_go_where_it_is_encoded(job):
                     raise
@@ -375,16 +409,17 @@ class Router:
     async def _send_back_as_it_is(self, job: Job, call: Call, assignment: Assignment) -> None:
         """Send a response that isn't understood. Nothing is learned from it: it may have cost what no prompt costs."""
         if not call.is_stream:
-            await job.send_response(await call.read(self._config.max_answer_bytes))
+            await job.send_response(await job.unless_encoding_fails(call.read(self._config.max_answer_bytes)))
             return
-        first = await call.chunk()
+        next_chunk = job.chunks_unless_encoding_fails(call)
+        first = await (call.chunk() if job.encoding is None else begin_answer(next_chunk))
         job.request.forget()
         job.note_embeddings_read()
-        await job.send_stream_as_it_is(call, first)
+        await job.send_stream_as_it_is(call, first, next_chunk)
 
     def _is_handed_over(self, job: Job) -> bool:
         """Whether the answer comes from a decode instance, at least from its second token on."""
-        if not self._fleet.hands_over:
+        if not self._fleet.hands_over or job.path not in (CHAT_PATH, COMPLETIONS_PATH):
             return False
         return not self._fleet.hands_over_by_vllm or vllm_can_hand_over(job.request.body)
 

@@ -169,7 +169,7 @@ class ProxyService:
         trail = self.records.trail_of(exchange)
         trail.passed("read")
         try:
-            request = await self._parsed(exchange, _PARSERS.get(path, parse_other))
+            request = await self._parsed(exchange, _PARSERS.get(path, partial(parse_other, path=path)))
             request = self._of_tenant(request, exchange, path)
             trail.passed("parse")
             job = Job(exchange, path, request, timing, trail)

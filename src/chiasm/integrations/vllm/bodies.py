@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,12 +16,14 @@ from chiasm.http.fleet_calls import Caller, check_fleet
 from chiasm.http.json_size import check_json_size, check_text_size
 from chiasm.http.lifted import read_lifted
 from chiasm.integrations.vllm.health import Description
+from chiasm.integrations.vllm.named_images import NOTHING_NAMED, Named, with_stand_ins
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.server.config import ServerConfig
-from chiasm.wire import UNREADABLE
+from chiasm.wire import CHAT_PATH, UNREADABLE
 
 EMBEDS = "image_embeds"
 EMBEDS_KEY = f'"{EMBEDS}"'.encode()
+_NAME_KEY = b'"uuid"'
 _JOINER = "\u2060"
 """A character without width, between which and its neighbours no line is broken."""
 _OF_FLEET = ("kv_transfer_params", "ec_transfer_params")
@@ -49,6 +52,23 @@ def chat_for_vllm(
         text = _with_grids(text, described)
     text = _without_placeholders(text, placeholder)
     return body if text is lifted.body else lifted.restored(text)
+
+
+def other_for_vllm(
+    path: str, body: bytes, described: Description | None, placeholder: str, *, max_text_bytes: int
+) -> tuple[bytes, Named]:
+    """Do what :func:`chat_for_vllm` does for a body of one of ``wire.IMAGE_PATHS``, which only the fleet may send.
+
+    Returns the images that have names too.
+    """
+    _, lifted = read_lifted(body, max_text_bytes, partial(_image_urls, path=path), lambda urls: urls)
+    text, named = lifted.body, NOTHING_NAMED
+    if described is not None:
+        text = _with_grids(text, described, path)
+    if _NAME_KEY in text:
+        text, named = with_stand_ins(text, path, lifted.urls)
+    text = _without_placeholders(text, placeholder)
+    return body if text is lifted.body else lifted.restored(text), named
 
 
 def check_completion(body: bytes, caller: Caller, *, max_text_bytes: int) -> None:
@@ -94,11 +114,11 @@ def check_stranger(body: bytes, caller: Caller) -> None:
             check_fleet(caller, f"Handing over what instances have computed ({name})")
 
 
-def _image_urls(body: bytes) -> list[bytes]:
-    """Return the URLs of a chat's images as the body has them. Raises InvalidRequestError for too much of anything."""
+def _image_urls(body: bytes, path: str = CHAT_PATH) -> list[bytes]:
+    """Return the URLs of images, or their base64, as the body has them. Raises InvalidRequestError for too much of anything."""
     check_json_size(body)
     try:
-        messages, parts = content_parts(body)
+        messages, parts = content_parts(body, path)
         calls = sum(json_array_size(message.get("tool_calls")) for message in messages)
         check_counts(len(messages), len(parts) + calls)
         return [url for part in parts if (url := _url_of(part))]
@@ -107,10 +127,13 @@ def _image_urls(body: bytes) -> list[bytes]:
 
 
 def _url_of(part: Raw) -> bytes:
-    """Return the URL of an image part, without its quotes; nothing for any other part."""
-    image: Raw | bytes = _members(part).get("image_url", b"")
+    """Return the URL or base64 of an image part, without its quotes; nothing for any other part."""
+    fields = _members(part)
+    image: Raw | bytes = fields.get("image_url", b"")
     if bytes(memoryview(image)[:1]) == b"{":
         image = _members(image).get("url", b"")
+    elif "source" in fields:
+        image = _members(fields["source"]).get("data", b"")
     return bytes(image)[1:-1] if bytes(memoryview(image)[:1]) == b'"' else b""
 
 
@@ -122,7 +145,7 @@ def _is_given(fields: Mapping[str, Raw], name: str) -> bool:
     return name in fields and bytes(fields[name]) != b"null"
 
 
-def _with_grids(body: bytes, described: Description) -> bytes:
+def _with_grids(body: bytes, described: Description, path: str = CHAT_PATH) -> bytes:
     """Return the body with each ``image_size`` of an ``image_embeds`` part replaced by what vLLM sizes placeholders by.
 
     vLLM takes ``image_grid_thw``, which is in the encoder's answer. chiasm's proxy knows height and width before that, and the
@@ -155,7 +178,7 @@ def _with_grids(body: bytes, described: Description) -> bytes:
         return json_object({**fields, EMBEDS: msgspec.json.encode(geometry.metadata)})
 
     try:
-        rewritten = with_content_parts(body, with_grid)
+        rewritten = with_content_parts(body, with_grid, path)
     except UNREADABLE:
         return body
     return rewritten if is_changed else body

@@ -22,7 +22,7 @@ from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.token_bytes import longest_token
-from chiasm.wire import Health, Role
+from chiasm.wire import IMAGE_PATHS, Health, Role
 
 _logger = logging.getLogger(__name__)
 
@@ -66,9 +66,10 @@ class Description:
             return msgspec.structs.replace(self.health, message=f"{self.folder.path}: {error}")
 
 
-def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
+def describe(state: Any, exchanges: Collection[Exchange], *, resolves_stand_ins: bool) -> Description:
     """Describe the instance from the ``state`` of vLLM's application, and from what its engines say about their connectors.
 
+    ``resolves_stand_ins`` is whether vLLM's parser of chats takes names of images (``named_images.py``).
     Reads the checkpoint's files, so don't call it on an event loop. Raises ConfigurationError if the connector's settings are
     wrong, or if the embeddings of an encoder are in several places.
     """
@@ -93,6 +94,7 @@ def describe(state: Any, exchanges: Collection[Exchange]) -> Description:
         engine=f"vllm {sys.modules['vllm'].__version__}",
         needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),
         takes_image_size=processor is not None,
+        image_paths=list(IMAGE_PATHS) if processor is not None and resolves_stand_ins else [],
         max_model_len=int(model_config.max_model_len),
         longest_token=longest_token(known.tokenizer) if known is not None else None,
         max_items=_max_items(model_config),

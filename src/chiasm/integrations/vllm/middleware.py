@@ -29,11 +29,12 @@ from chiasm.http.fleet_calls import FleetGuard, caller_of, check_fleet
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
-from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion
+from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion, other_for_vllm
 from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
+from chiasm.integrations.vllm.named_images import note_named, resolve_stand_ins
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.integrations.vllm.stages import Stages
 from chiasm.server.config import ServerConfig
@@ -44,6 +45,7 @@ from chiasm.wire import (
     COMPLETIONS_PATH,
     DRAIN_PATH,
     DRAINING,
+    IMAGE_PATHS,
     PLACES_PATH,
     AwaitedEmbeddings,
     DrainState,
@@ -64,7 +66,7 @@ _T = TypeVar("_T")
 
 class ChiasmMiddleware:
     """Answers /health with what the instance is, tells the engine where embeddings are, and replaces image sizes in chat
-    completions by vLLM's metadata.
+    completions by vLLM's metadata; in responses and messages too, which have no names of images (``named_images.py``).
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
     image, refuses bodies of completions that are larger or say more than chiasm's own instances take (``bodies.py``),
@@ -121,6 +123,8 @@ class ChiasmMiddleware:
             await self._stages.run(self._chat, scope, receive, send)
         elif (method, path) == ("POST", COMPLETIONS_PATH):
             await self._stages.run(self._completion, scope, receive, send)
+        elif method == "POST" and path in IMAGE_PATHS and caller_of(scope).is_of_fleet:
+            await self._other(scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
         else:
@@ -137,7 +141,7 @@ class ChiasmMiddleware:
         answers = await ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
         await self._stages.ask_for_waits(state)
         exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
-        return await asyncio.to_thread(describe, state, exchanges)
+        return await asyncio.to_thread(describe, state, exchanges, resolves_stand_ins=resolve_stand_ins())
 
     async def _placeholder(self, scope: Scope) -> str:
         """Return the word that stands for an image, or "" if it isn't known."""
@@ -272,6 +276,28 @@ class ChiasmMiddleware:
             await _refuse(error, incoming, scope, receive, send)
             return
         await self._app(scope, _replayed(body, receive), send)
+
+    # ---- responses and messages -----------------------------------------------------------------------------------------
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = Incoming(receive)
+        try:
+            given = await read_body(incoming, Headers(scope=scope), self._max_body_bytes)
+            described = None
+            if EMBEDS_KEY in given:
+                described = await self._described(scope)
+                send = _explained(scope, receive, send)
+            placeholder, path, limit = await self._placeholder(scope), scope["path"], self._max_text_bytes
+            body, named = await _beside(
+                given, lambda: other_for_vllm(path, given, described, placeholder, max_text_bytes=limit)
+            )
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        note_named(named)
+        await self._app(_with_length(scope, body), _replayed(body, receive), send)
 
 
 async def _beside(body: bytes, read: Callable[[], _T]) -> _T:
