@@ -32,7 +32,8 @@ class EncoderCacheManager:
         """Grows whenever an entry comes or goes, or is needed by fewer."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: list[str] = []
-        self._moved: set[str] = set()
+        self.moved: set[str] = set()
+        """Identifiers of entries that have come or gone. Who acts on that clears it."""
 
     def __contains__(self, identifier: str) -> bool:
         return identifier in self._entries
@@ -66,7 +67,7 @@ class EncoderCacheManager:
         for name in victims:
             self.remove(name)
         self._entries[identifier] = _Entry(num_bytes)
-        self._moved.add(identifier)
+        self.moved.add(identifier)
         self.changes += 1
         self.used_bytes += num_bytes
         return True
@@ -88,16 +89,9 @@ class EncoderCacheManager:
         entry = self._entries.pop(identifier, None)
         if entry is not None:
             self.used_bytes -= entry.num_bytes
-            self._moved.add(identifier)
+            self.moved.add(identifier)
             self.changes += 1
             self._evicted.append(identifier)
-
-    def take_moved(self) -> Set[str]:
-        """Return the identifiers of entries that have come or gone since the last call."""
-        if not self._moved:
-            return frozenset()
-        moved, self._moved = self._moved, set()
-        return moved
 
     def take_evicted(self) -> list[str]:
         """Return the identifiers dropped since the last call and not allocated again: their tensors are to be freed."""

@@ -78,7 +78,7 @@ class LateItems:
             self._forget(sequence.sequence_id)
 
     def note_computed(self, sequence: Sequence) -> None:
-        """Note that a part of the sequence's prompt was computed, which others with the same items may find in the prefix cache."""
+        """Note that a part of the sequence's prompt was computed, which others that share its items may find cached."""
         self.note_change(sequence)
         for item in sequence.items:
             self._forget_item(item.identifier)
@@ -94,10 +94,11 @@ class LateItems:
 
     def _of(self, sequence: Sequence) -> _Known:
         """Return what is known of a sequence with items."""
-        for identifier in self._encoder_cache.take_moved():
-            self._forget_item(identifier)
-        known = self._known.get(sequence.sequence_id)
-        return known if known is not None else self._find_out(sequence)
+        if moved := self._encoder_cache.moved:
+            for identifier in moved:
+                self._forget_item(identifier)
+            moved.clear()
+        return self._known.get(sequence.sequence_id) or self._find_out(sequence)
 
     def _find_out(self, sequence: Sequence) -> _Known:
         identifiers = frozenset(item.identifier for item in sequence.items)
