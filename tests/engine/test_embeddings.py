@@ -101,6 +101,17 @@ class NarrowStore(Store):
             encoder_cache[name] = torch.empty(4, 1)
 
 
+class StuckStore(Store):
+    """Fails to say what a step loads, and doesn't forget it then."""
+
+    broken = True
+
+    def build_connector_meta(self) -> ECConnectorMetadata:
+        if self.broken:
+            raise OSError("the connector is broken")
+        return super().build_connector_meta()
+
+
 def state_of(sequence: Sequence) -> RequestState:
     request = GenerateRequest(sequence.request_id, sequence.prompt, SamplingParams(), deadline=60.0)
     state = RequestState(request, asyncio.new_event_loop(), asyncio.Queue(), 0.0, BlockHasher(4, sequence.items, ""))
@@ -190,3 +201,16 @@ def test_an_arrival_without_room_is_asked_for_again_when_there_may_be_some() -> 
     waiting.steps_until_nothing_is_new()
     assert held.finished
     assert [sequence.finished for sequence in waiting.driver.sequences[:3]] == [False, True, False]
+
+
+def test_what_was_noted_for_a_step_that_failed_is_not_loaded_later() -> None:
+    driver, store = Driver(), StuckStore("first", "second")
+    embeddings = Embeddings(driver.scheduler, entry_width=1, connectors=(store, store))
+    first = state_of(driver.add(prompt(2, ("first", 4))))
+    failed = embeddings.update({first.request.request_id: first})
+    assert [state for state, _ in failed] == [first]
+    driver.scheduler.finish(first.sequences[0])
+    store.broken = False
+    second = state_of(driver.add(prompt(2, ("second", 4))))
+    assert not embeddings.update({second.request.request_id: second})
+    assert embeddings.entries.keys() == driver.scheduler.encoder_cache.identifiers == {"second"}

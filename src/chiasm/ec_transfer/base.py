@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
 from chiasm.connectors.extra_config import read_extra_config
 from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.connectors.faults import Faults
 from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
@@ -206,6 +207,7 @@ class ECConnector(ABC):
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         self.config = config
+        self.faults = Faults()
         self.role = role
         self.stats = ECConnectorStats()
         self._metadata: ECConnectorMetadata | None = None

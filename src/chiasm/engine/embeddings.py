@@ -291,6 +291,8 @@ class Embeddings:
         except Exception as error:
             log_failure(scheduler_role, "hand over embeddings, so the requests that lack one fail")
             return {item.identifier: connector_error(error) for _, item in arrivals}
+        for name in [name for name in metadata.loads if name not in self._scheduler.encoder_cache]:
+            self.entries.pop(name, None)  # noted for a step that failed, whose room was given up
         seconds = time.monotonic() - started
         self._reject_misfits(worker_role, arrivals, states)
         for request_id in {sequence.request_id for sequence, _ in arrivals}:
