@@ -149,6 +149,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Names the store through which embeddings are exchanged; empty if the instance exchanges none."""
     ec_connector: Name = ""
     """What moves embeddings from encoders to language models; empty if the instance exchanges none, or doesn't say."""
+    ec_faults: Count = 0
+    """Errors that its EC connector has raised where it shouldn't."""
     reads_stored: bool = False
     """Whether it reads embeddings that the fleet's shared cache has."""
     ec_place: ECPlace | None = None

@@ -35,7 +35,7 @@ class Peer:
         self._wakes = 0
         self.scheduler.set_wake(self._wake)
 
-    def _wake(self) -> None:
+    def _wake(self, arrived: str = "", /) -> None:
         with self._woken:
             self._wakes += 1
             self._woken.notify_all()

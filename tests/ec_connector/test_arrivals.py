@@ -27,7 +27,7 @@ class Woken(Instance):
     def __init__(self, folder: Path, *, separate_processes: bool = False) -> None:
         super().__init__(config_for(folder, ECTransferRole.CONSUMER, separate_processes=separate_processes))
         self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.scheduler.set_wake(lambda: self.news.put(None))
+        self.scheduler.set_wake(lambda arrived="", /: self.news.put(None))
 
     def wait(self) -> None:
         self.news.get(timeout=SECONDS)
@@ -142,7 +142,7 @@ class Store:
         self.news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.threads: set[str] = set()
         self.arrivals: Arrivals[str, str] = Arrivals(
-            self._find, self._bring, lambda: self.news.put(None), max_bytes=100, max_count=max_count
+            self._find, self._bring, lambda arrived="", /: self.news.put(None), max_bytes=100, max_count=max_count
         )
 
     def _find(self, name: str) -> tuple[str, int] | None:
@@ -191,7 +191,7 @@ def test_an_entry_that_cannot_be_read_costs_nobody_else() -> None:
             raise MemoryError
         return found
 
-    arrivals = Arrivals(lambda name: (name, 1), bring, lambda: news.put(None), max_bytes=9, max_count=9)
+    arrivals = Arrivals(lambda name: (name, 1), bring, lambda arrived="", /: news.put(None), max_bytes=9, max_count=9)
     arrivals.want("one", "bad", 4, is_needed=True)
     arrivals.want("two", "good", 4, is_needed=True)
     news.get(timeout=SECONDS)

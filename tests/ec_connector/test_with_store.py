@@ -54,7 +54,10 @@ class Consumer:
         self.scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         self.worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
         self._woken = threading.Semaphore(0)
-        self.scheduler.set_wake(self._woken.release)
+        self.scheduler.set_wake(self._wake)
+
+    def _wake(self, arrived: str = "", /) -> None:
+        self._woken.release()
 
     def wait(self) -> None:
         """Until the connector wakes the scheduler."""

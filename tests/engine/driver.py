@@ -158,6 +158,7 @@ class Driver:
     def step(self) -> Step:
         """Load, plan and run a step in which every sampled token is new, and end the sequences that have all their tokens."""
         self.load()
+        self.check_what_is_known()
         if self.max_finished:
             self.encode()
         step = self.scheduler.schedule()
@@ -167,6 +168,7 @@ class Driver:
         for sequence in samples:
             if sequence.num_output == sequence.sampling.max_tokens:
                 self.scheduler.finish(sequence)
+        self.check_what_is_known()
         return step
 
     def run(self, limit: int = 1000) -> None:
@@ -219,6 +221,23 @@ class Driver:
         for queue in (scheduler.running, scheduler.waiting):
             assert [sequence.order for sequence in queue] == sorted(sequence.order for sequence in queue)
 
+    def check_what_is_known(self) -> None:
+        """Assert that what is kept about sequences with items still holds."""
+        scheduler, items = self.scheduler, self.scheduler.items
+        for sequence in scheduler.running + scheduler.waiting:
+            if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+                continue
+            start = sequence.num_computed if sequence.is_running else items.num_cached_tokens(sequence)
+            known = items._of(sequence).start
+            assert known == start or not (sequence.is_running or sequence.items_between(known, start) or known > start)
+            is_stalled = items.runnable_end(sequence, start, sequence.num_tokens) == start
+            assert is_stalled or not items.is_stalled(sequence), "a sequence that could run is held back"
+            needed = [item.identifier for item in items._next_items(sequence)]
+            here = list(itertools.takewhile(lambda name: name in scheduler.encoder_cache, needed))
+            for _, missing in items.wanted([sequence]):
+                assert [item.identifier for item in missing] == needed[len(here) :]
+                assert sequence.held >= set(here)
+
     def nothing_is_left(self) -> bool:
         scheduler = self.scheduler
         return (
@@ -227,6 +246,8 @@ class Driver:
             and not scheduler.loading
             and scheduler.block_manager.num_free == scheduler.block_manager.num_blocks
             and not any(sequence.held or sequence.block_ids for sequence in self.sequences)
+            and not scheduler.items._known
+            and not scheduler.items._known_by_item
         )
 
 

@@ -17,7 +17,9 @@ from chiasm.errors import ChiasmError
 from chiasm.wire import ECPlace, Role
 from tests import broken_connector
 from tests.broken_connector import faults
-from tests.engine.conftest import A, B, Encoder, Instance, Start, StartEncoder, entries, until
+from tests.engine.conftest import A, B, Encoder, Instance, Start, StartEncoder, entries, sample_image, until
+
+THIRD = sample_image(3)
 
 OF_ONE_ITEM = ("has_cache_item", "update_state_after_alloc")
 OF_A_STEP = ("build_connector_meta", "bind_connector_metadata", "start_load_caches")
@@ -181,6 +183,37 @@ async def test_an_entry_that_cannot_be_discarded_costs_the_request_that_it_does_
     await encoder.encode(A)
     with pytest.raises(ChiasmError, match="the image size sent is right"):
         await failing
+
+
+async def test_a_connector_that_fails_in_every_step_costs_only_what_these_load_and_is_logged_once(
+    start: Start, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    assert len((await pd.ask(A, "?")).token_ids) == 8  # so A is in memory
+    waits = asyncio.create_task(pd.ask(B, "?"))
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    stream = asyncio.create_task(pd.ask("hello", max_tokens=100))
+    caplog.clear()
+
+    def fail() -> NoReturn:
+        raise OSError("the connector is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(roles(pd)[0], "build_connector_meta", fail)
+        await encoder.encode(THIRD)
+        for text in "?!.":
+            with pytest.raises(ChiasmError, match="EC connector failed: OSError"):
+                await pd.ask(THIRD, text)
+            assert len((await pd.ask(A, text)).token_ids) == 8
+        assert len(faults(caplog)) == 1
+        assert pd.engine.ec_faults >= 3
+    assert len((await stream).token_ids) == 100
+    await encoder.encode(B)
+    aggregated = start(Role.AGGREGATED)
+    assert (await waits).token_ids == (await aggregated.ask(B, "?")).token_ids
+    assert (await pd.ask(THIRD, "?")).token_ids == (await aggregated.ask(THIRD, "?")).token_ids
+    assert pd.is_empty()
 
 
 @pytest.mark.parametrize("role", [Role.ENCODER, Role.PD])

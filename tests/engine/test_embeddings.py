@@ -21,7 +21,7 @@ class Store(ECConnector):
 
     def __init__(self, *stored: str) -> None:
         super().__init__(ECTransferConfig(), ECConnectorRole.SCHEDULER)
-        self.stored = stored
+        self.stored = set(stored)
         self.asked: list[str] = []
         self._noted: list[str] = []
 
@@ -47,6 +47,47 @@ class Store(ECConnector):
         raise NotImplementedError
 
 
+class Waiting:
+    """Requests that wait for an image each, beside a stream of text."""
+
+    def __init__(self, count: int, *, cache_rows: int = 4096) -> None:
+        self.driver = Driver(
+            max_queued=300, blocks=2000, max_num_seqs=300, min_text_before_item=8, cache_rows=cache_rows
+        )
+        self.store = Store()
+        self.embeddings = Embeddings(self.driver.scheduler, entry_width=1, connectors=(self.store, self.store))
+        self.states: dict[str, RequestState] = {}
+        for number in range(count):
+            self.add(f"image {number}", due=float(number))
+        self.driver.add(prompt(3), max_tokens=1000, due=-1.0)
+        for _ in range(5):
+            self.step()
+        self.store.asked.clear()
+
+    def add(self, name: str, *, due: float) -> Sequence:
+        sequence = self.driver.add(prompt(3, (name, 4), 2), max_tokens=2, due=due, salt=name)
+        state = self.states[sequence.request_id] = state_of(sequence)
+        self.embeddings.admit(state)
+        return sequence
+
+    def arrive(self, name: str) -> None:
+        self.store.stored.add(name)
+        self.embeddings.look_again(name)
+
+    def step(self) -> None:
+        """Do as the engine: look for embeddings if there is news, plan a step, and run it."""
+        assert not self.embeddings.update(self.states)
+        self.driver.step()
+        self.embeddings.drop_evicted()
+
+    def steps_until_nothing_is_new(self) -> list[str]:
+        """Step on; return what the connector was asked for."""
+        for _ in range(10):
+            self.step()
+        asked, self.store.asked = self.store.asked, []
+        return asked
+
+
 class NarrowStore(Store):
     """Has too little memory to hand over the entry ``large``."""
 
@@ -58,6 +99,17 @@ class NarrowStore(Store):
             if name == "large":
                 raise MemoryError
             encoder_cache[name] = torch.empty(4, 1)
+
+
+class StuckStore(Store):
+    """Fails to say what a step loads, and doesn't forget it then."""
+
+    broken = True
+
+    def build_connector_meta(self) -> ECConnectorMetadata:
+        if self.broken:
+            raise OSError("the connector is broken")
+        return super().build_connector_meta()
 
 
 def state_of(sequence: Sequence) -> RequestState:
@@ -106,3 +158,59 @@ def test_an_embedding_that_finds_no_memory_costs_only_the_requests_that_want_it(
     assert "MemoryError" in failed[0][1].message
     assert embeddings.entries.keys() == {"first", "last"}
     assert driver.scheduler.encoder_cache.identifiers == {"first", "last"}
+
+
+def test_an_embedding_that_arrives_has_the_connector_asked_for_it_alone_however_many_requests_wait() -> None:
+    waiting = Waiting(256)
+    for number in (0, 200, 77):
+        waiting.arrive(f"image {number}")
+        assert waiting.steps_until_nothing_is_new() == [f"image {number}"]
+    assert sum(sequence.finished for sequence in waiting.driver.sequences) == 3
+
+
+def test_an_embedding_that_was_lost_has_the_connector_asked_for_all_once() -> None:
+    waiting = Waiting(256)
+    waiting.embeddings.look_again()
+    assert waiting.steps_until_nothing_is_new() == [f"image {number}" for number in range(256)]
+
+
+def test_an_arrival_that_the_connector_takes_back_has_it_asked_for_all_in_order() -> None:
+    waiting = Waiting(4)
+    waiting.embeddings.look_again("image 2")
+    assert waiting.steps_until_nothing_is_new() == ["image 2", *(f"image {number}" for number in range(4))]
+
+
+def test_a_request_that_comes_has_the_connector_asked_for_all_in_order_of_need() -> None:
+    waiting = Waiting(3)
+    waiting.add("new", due=0.5)
+    assert waiting.steps_until_nothing_is_new()[:4] == ["image 0", "new", "image 1", "image 2"]
+
+
+def test_an_arrival_without_room_is_asked_for_again_when_there_may_be_some() -> None:
+    waiting = Waiting(3, cache_rows=4)
+    held = waiting.add("held", due=-0.5)
+    waiting.arrive("held")
+    waiting.embeddings.update(waiting.states)
+    waiting.arrive("image 1")
+    waiting.embeddings.update(waiting.states)
+    assert "image 1" not in waiting.embeddings.entries
+    waiting.store.asked.clear()
+    assert waiting.embeddings.seconds_to_update == 0
+    waiting.embeddings.update(waiting.states)
+    assert waiting.store.asked == ["image 0", "image 1", "image 2"]
+    waiting.steps_until_nothing_is_new()
+    assert held.finished
+    assert [sequence.finished for sequence in waiting.driver.sequences[:3]] == [False, True, False]
+
+
+def test_what_was_noted_for_a_step_that_failed_is_not_loaded_later() -> None:
+    driver, store = Driver(), StuckStore("first", "second")
+    embeddings = Embeddings(driver.scheduler, entry_width=1, connectors=(store, store))
+    first = state_of(driver.add(prompt(2, ("first", 4))))
+    failed = embeddings.update({first.request.request_id: first})
+    assert [state for state, _ in failed] == [first]
+    driver.scheduler.finish(first.sequences[0])
+    store.broken = False
+    second = state_of(driver.add(prompt(2, ("second", 4))))
+    assert not embeddings.update({second.request.request_id: second})
+    assert embeddings.entries.keys() == driver.scheduler.encoder_cache.identifiers == {"second"}

@@ -167,7 +167,8 @@ async def test_a_decode_connector_that_can_tell_nothing_leaves_no_request_waitin
         for _ in range(2):
             with pytest.raises(KVUnavailableError, match="KV connector failed: OSError"):
                 await pair.ask(*HIT)
-    assert len([fault for fault in faults(caplog) if "counts as lost" in fault]) == 2
+    assert len([fault for fault in faults(caplog) if "counts as lost" in fault]) == 1
+    assert roles(pair.decode)[1].faults.count >= 2
     assert (await pair.ask(*HIT)).token_ids == (await start(Role.AGGREGATED).ask(*HIT)).token_ids
     await until(pair.is_empty)
 

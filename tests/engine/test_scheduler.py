@@ -664,6 +664,14 @@ def test_an_item_that_is_needed_again_only_after_a_missing_one_keeps_no_room() -
     driver.run()
 
 
+def test_an_item_behind_long_text_that_another_request_computes_meanwhile_is_looked_for() -> None:
+    driver = Driver(max_num_seqs=1, budget=16, max_prefill=16, min_text_before_item=8)
+    driver.stored = {"a"}
+    driver.add(prompt(41), max_tokens=1)
+    late = driver.add(prompt(40, ("a", 4), 1), max_tokens=1, due=1.0)
+    driver.run_until(lambda: late.finished, limit=10)
+
+
 def test_two_requests_for_one_missing_item_both_continue_when_it_arrives() -> None:
     driver = Driver()
     driver.add(prompt(2, ("a", 4), 1), max_tokens=1)

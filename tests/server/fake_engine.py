@@ -146,6 +146,7 @@ class FakeEngine(Engine):
         self.device_id = "host/cpu:0,1"
         self.costs = Costs(prefill_seconds_per_token=0.001, decode_step_seconds=0.01)
         self._ec_connector = "" if role in _WITHOUT_STORE else "SharedStorageConnector"
+        self._ec_halves = ()
         self._ec_place = ECPlace(host="e.example", port=7002, engine_id="engine-e") if role is Role.ENCODER else None
         self.reset()
 

@@ -14,7 +14,6 @@ import multiprocessing
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +22,15 @@ import msgspec
 
 from chiasm.bench.handed_over import made_embedding
 from chiasm.cores import pin_to
-from chiasm.ec_transfer import ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole, shared_memory, tcp
+from chiasm.ec_transfer import (
+    ECConnectorFactory,
+    ECConnectorRole,
+    ECTransferConfig,
+    ECTransferRole,
+    Wake,
+    shared_memory,
+    tcp,
+)
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import GenerateRequest, SamplingParams
@@ -53,21 +60,21 @@ class Rounds(msgspec.Struct):
 class SharedMemoryConnector(shared_memory.SharedMemoryConnector):
     """Notes arrivals. It has the name of the other side's connector, which has to be the same."""
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         super().set_wake(_noted(wake))
 
 
 class TcpConnector(tcp.TcpConnector):
     """The same over TCP."""
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         super().set_wake(_noted(wake))
 
 
-def _noted(wake: Callable[[], None]) -> Callable[[], None]:
-    def noted() -> None:
+def _noted(wake: Wake) -> Wake:
+    def noted(arrived: str = "", /) -> None:
         _arrived.set()
-        wake()
+        wake(arrived)
 
     return noted
 

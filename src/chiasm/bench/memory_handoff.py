@@ -73,7 +73,10 @@ class _Pair:
         self._producer = _halves(connector, ECTransferRole.PRODUCER, room)
         self._consumer = _halves(connector, ECTransferRole.CONSUMER, room)
         self._woken = threading.Event()
-        self._consumer[0].set_wake(self._woken.set)
+        self._consumer[0].set_wake(self._wake)
+
+    def _wake(self, arrived: str = "", /) -> None:
+        self._woken.set()
 
     def __enter__(self) -> _Pair:
         return self

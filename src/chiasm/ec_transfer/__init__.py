@@ -19,6 +19,7 @@ from chiasm.ec_transfer.base import (
     RequestLike,
     check_identifier,
 )
+from chiasm.ec_transfer.wake import Wake
 
 __all__ = [
     "FROM_MEMORY",
@@ -32,5 +33,6 @@ __all__ = [
     "ECTransferRole",
     "ItemLike",
     "RequestLike",
+    "Wake",
     "check_identifier",
 ]

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from chiasm.ec_transfer.intake import Intake, Stage, Wanted
 from chiasm.ec_transfer.lookout import Lookout
+from chiasm.ec_transfer.wake import Wake
 
 _logger = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -25,7 +26,7 @@ class Arrivals(Generic[_Found, _Ready]):
         self,
         find: Callable[[str], tuple[_Found, int] | None],
         bring: Callable[[str, _Found], _Ready | None],
-        wake: Callable[[], None],
+        wake: Wake,
         *,
         max_bytes: int,
         max_count: int,
@@ -119,5 +120,5 @@ class Arrivals(Generic[_Found, _Ready]):
             if ready is not None or failed or not is_wanted:
                 self._lookout.remove(identifier)
         if ready is not None and is_wanted:
-            self._wake()
+            self._wake(identifier)
         return ready is not None

@@ -33,15 +33,17 @@ from __future__ import annotations
 import enum
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
 from chiasm.connectors.extra_config import read_extra_config
 from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.connectors.faults import Faults
 from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.lookout import Lookout
 from chiasm.ec_transfer.stores.base import StoreURL
+from chiasm.ec_transfer.wake import Wake
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
@@ -205,6 +207,7 @@ class ECConnector(ABC):
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         self.config = config
+        self.faults = Faults()
         self.role = role
         self.stats = ECConnectorStats()
         self._metadata: ECConnectorMetadata | None = None
@@ -280,11 +283,11 @@ class ECConnector(ABC):
     #
     # Called by the thread that schedules, except where another is named.
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         """Set what the connector calls whenever a wanted entry has arrived or was lost, so that the scheduler looks again.
 
-        Called at most once, before the first request. The connector calls ``wake`` from any thread; it returns at once and
-        raises nothing. By default it is called at intervals until the requests that want entries have finished, for connectors
+        Called at most once, before the first request. If an entry has arrived, its name says that the others need not be asked
+        for. By default it is called at intervals until the requests that want entries have finished, for connectors
         that can't tell when an entry arrives.
         """
 
@@ -309,10 +312,11 @@ class ECConnector(ABC):
         """Whether the entry can be handed over in this step: of a consumer, it is in memory, verified and ready.
 
         The scheduler calls it, in the order of need, for the items that it needs next and that are not in its own memory:
-        whenever ``wake`` was called or what it needs has changed. So it must take microseconds, create nothing, and wait for
-        no lock and no other process. After a yes, the entry stays until ``build_connector_meta``. If memory is short, what was
-        asked for first comes first, so that the first request can always continue. Raises InvalidRequestError for a malformed
-        identifier.
+        whenever ``wake`` was called without a name or what it needs has changed. An entry that ``wake`` was told of is asked
+        for by itself; if it isn't handed over then, all are asked for. So it must take microseconds, create nothing, and wait
+        for no lock and no other process. After a yes, the entry stays until ``build_connector_meta``. If memory is short, what
+        was asked for first comes first, so that the first request can always continue. Raises InvalidRequestError for a
+        malformed identifier.
         """
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:

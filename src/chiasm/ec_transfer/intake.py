@@ -75,6 +75,9 @@ class Intake(Generic[WantedT, EntryT]):
         self._max_bytes = max_bytes
         self._max_count = max_count
         self._wanted: dict[str, WantedT] = {}
+        self._num_held = 0
+        """How many entries have room."""
+        self._held_bytes = 0
         self._round = 1
         self._numbers = itertools.count()
 
@@ -91,7 +94,8 @@ class Intake(Generic[WantedT, EntryT]):
 
     @property
     def held_bytes(self) -> int:
-        return sum(wanted.held_bytes for wanted in self)
+        """Room of all entries together."""
+        return self._held_bytes
 
     # ---- requests and the engine --------------------------------------------------------------------------------------
 
@@ -116,7 +120,8 @@ class Intake(Generic[WantedT, EntryT]):
                 continue
             wanted.requests.discard(request_id)
             if not wanted.requests and wanted.stage is not Stage.COMING:
-                dropped.append(self._wanted.pop(identifier))
+                self._drop(wanted)
+                dropped.append(wanted)
         return dropped
 
     def ask(self, identifier: str) -> bool:
@@ -153,12 +158,14 @@ class Intake(Generic[WantedT, EntryT]):
         if wanted is None or wanted.stage is not Stage.READY:
             return None
         entry: EntryT | None = wanted.entry
-        wanted.stage, wanted.entry, wanted.held_bytes = Stage.IDLE, None, 0
+        wanted.stage, wanted.entry = Stage.IDLE, None
+        self._hold(wanted, 0)
         return entry
 
     def clear(self) -> None:
         """Forget everything."""
         self._wanted.clear()
+        self._num_held = self._held_bytes = 0
 
     # ---- what comes ---------------------------------------------------------------------------------------------------
 
@@ -168,14 +175,13 @@ class Intake(Generic[WantedT, EntryT]):
 
     def reserve(self, wanted: WantedT, num_bytes: int) -> bool:
         """Give room to one that waits, if need be from ready ones that come after it. Return whether it has it now."""
-        wanted.held_bytes = 0
-        num_held, held_bytes = 0, 0
-        for other in self:
-            num_held += other.held_bytes > 0
-            held_bytes += other.held_bytes
+        self.release(wanted)
+        num_held, held_bytes = self._num_held, self._held_bytes
         dropped: list[WantedT] = []
-        ready = self.in_order(Stage.READY)
+        ready: list[WantedT] | None = None
         while num_held and (num_held >= self._max_count or held_bytes + num_bytes > self._max_bytes):
+            if ready is None:
+                ready = self.in_order(Stage.READY)
             if not ready or ready[-1].rank < wanted.rank or ready[-1].promised_in == self._round:
                 return False
             dropped.append(ready.pop())
@@ -183,12 +189,17 @@ class Intake(Generic[WantedT, EntryT]):
             held_bytes -= dropped[-1].held_bytes
         for other in dropped:
             self.wait(other)
-        wanted.held_bytes = num_bytes
+        self._hold(wanted, num_bytes)
         return True
+
+    def release(self, wanted: WantedT) -> None:
+        """Take back the room of one that waits."""
+        self._hold(wanted, 0)
 
     def come(self, wanted: WantedT, num_bytes: int) -> None:
         """One that waited is being brought into its room."""
-        wanted.stage, wanted.held_bytes = Stage.COMING, num_bytes
+        wanted.stage = Stage.COMING
+        self._hold(wanted, num_bytes)
 
     def arrive(self, wanted: WantedT, entry: EntryT) -> bool:
         """One that came is ready. Return whether a request wants it; otherwise it is dropped."""
@@ -204,10 +215,20 @@ class Intake(Generic[WantedT, EntryT]):
 
     def wait(self, wanted: WantedT) -> None:
         """An entry is needed, and isn't here any more."""
-        wanted.stage, wanted.entry, wanted.held_bytes = Stage.WAITING, None, 0
+        wanted.stage, wanted.entry = Stage.WAITING, None
+        self._hold(wanted, 0)
         self._look_for(wanted)
 
     def _is_kept(self, wanted: WantedT) -> bool:
         if not wanted.requests:
-            self._wanted.pop(wanted.identifier, None)
+            self._drop(wanted)
         return bool(wanted.requests)
+
+    def _drop(self, wanted: WantedT) -> None:
+        if self._wanted.pop(wanted.identifier, None) is not None:
+            self._hold(wanted, 0)
+
+    def _hold(self, wanted: WantedT, num_bytes: int) -> None:
+        self._num_held += (num_bytes > 0) - (wanted.held_bytes > 0)
+        self._held_bytes += num_bytes - wanted.held_bytes
+        wanted.held_bytes = num_bytes

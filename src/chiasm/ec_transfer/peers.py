@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 from weakref import WeakValueDictionary
@@ -29,6 +29,7 @@ from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
 from chiasm.ec_transfer.reader import Reader
 from chiasm.ec_transfer.sources import Arrived, Landing, LandingSource, Source
+from chiasm.ec_transfer.wake import Wake
 from chiasm.ec_transfer.wants import Wish
 from chiasm.errors import ConfigurationError
 from chiasm.transfer.arena import Arena
@@ -155,7 +156,7 @@ class PeerConnector(ECConnector):
 
     # ---- scheduler role -----------------------------------------------------------------------------------------------
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         if self._reader is not None:
             self._reader.wake = wake
 

@@ -22,6 +22,7 @@ from chiasm.cores import ARRIVAL_NICE, lower_priority
 from chiasm.ec_transfer.base import ECConnectorStats
 from chiasm.ec_transfer.peer_messages import Here, HolderMessage, Take, Want, Welcome
 from chiasm.ec_transfer.sources import Arrived, EntryUnusable, Source
+from chiasm.ec_transfer.wake import Wake
 from chiasm.ec_transfer.wants import Read, Send, WantTable, Wish
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread, start_task
 from chiasm.transfer.errors import TransferError
@@ -67,8 +68,8 @@ class Reader:
     """Brings in embeddings from any number of holders. All methods may be called from any thread and return at once.
 
     ``reach`` makes a holder's memory readable, given its Welcome; it runs on any thread and raises TransferError. ``wake`` can
-    be set; it is called, on any of the reader's threads, when something arrived or was lost. ``row_bytes`` is the size of one
-    row of an embedding; 0 if it isn't known.
+    be set; it is called, on any of the reader's threads, with the identifier of what has arrived, or when something was lost.
+    ``row_bytes`` is the size of one row of an embedding; 0 if it isn't known.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Reader:
         self._terms = terms
         self._reach = reach
         self.stats = stats
-        self.wake: Callable[[], None] = lambda: None
+        self.wake: Wake = lambda arrived="", /: None
         self._lock = threading.Lock()  # guards the table
         self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"], row_bytes=row_bytes)
         self._holders: dict[ECPlace, _Holder] = {}  # the least recently used comes first
@@ -262,7 +263,8 @@ class Reader:
             return False
         with self._lock:
             matters = self._table.arrived(read, arrived)
-        self._wake_if(matters)
+        if matters and not self._closing:
+            self.wake(read.header.identifier)
         return True
 
     def _fail(self, read: Read, *, bad: bool = False) -> None:
@@ -272,9 +274,6 @@ class Reader:
             self.stats.load_failures += matters
             self.stats.corrupt_entries += bad
         self._act()
-        self._wake_if(matters)
-
-    def _wake_if(self, matters: bool) -> None:
         if matters and not self._closing:
             self.wake()
 

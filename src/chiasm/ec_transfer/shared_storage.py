@@ -11,7 +11,6 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -45,6 +44,7 @@ from chiasm.ec_transfer.entry_file import (
 )
 from chiasm.ec_transfer.extra_config import SharedStorageConfig
 from chiasm.ec_transfer.folder_check import examine_folder, files_may_be_mapped
+from chiasm.ec_transfer.wake import Wake
 from chiasm.errors import ConfigurationError, StorageError
 
 _logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class SharedStorageConnector(ECConnector):
 
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         if self.is_consumer and self.role is ECConnectorRole.SCHEDULER:
             self._arrivals = Arrivals(
                 self._find_unread, self._bring, wake, max_bytes=self.config.receive_bytes, max_count=_MAX_ARRIVED

@@ -350,7 +350,7 @@ class WantTable(Generic[EntryT]):
         """Ask for what has room now, and tell the places of the rest that it is wanted."""
         waiting = [item for item in self._intake.in_order(Stage.WAITING) if item.source is None]
         for item in waiting:
-            item.held_bytes = 0
+            self._intake.release(item)
         for item in waiting:
             need = item.size_bytes or min(item.max_rows * self._row_bytes, self.capacity_bytes)
             if not self._intake.reserve(item, need):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from chiasm.ec_transfer.stores import CorruptEntryError, StoredEntry, open_store
 from chiasm.ec_transfer.stores.reader import Reader, StoreReads
 from chiasm.ec_transfer.stores.recovery import Recovery
 from chiasm.ec_transfer.stores.writer import StoreWrites, Writer
+from chiasm.ec_transfer.wake import Wake
 from chiasm.errors import ConfigurationError
 from chiasm.wire import ECPlace
 
@@ -164,7 +165,7 @@ class WithStore(ECConnector):
 
     # ---- scheduler role -------------------------------------------------------------------------------------------
 
-    def set_wake(self, wake: Callable[[], None]) -> None:
+    def set_wake(self, wake: Wake) -> None:
         if self._reader is not None:
             self._reader.wake = wake
         self._connector.set_wake(wake)

@@ -50,6 +50,7 @@ class Engine(ABC):
         self._core_share = CoreShare(config.core_share, self.num_threads)
         self._store_id: Callable[[], str] = str
         self._ec_connector = ""
+        self._ec_halves: tuple[ECConnector, ...] = ()
         self._ec_place: ECPlace | None = None
 
     @abstractmethod
@@ -109,6 +110,11 @@ class Engine(ABC):
         return self._ec_connector
 
     @property
+    def ec_faults(self) -> int:
+        """How many errors the EC connector has raised where it shouldn't. Any thread."""
+        return sum(half.faults.count for half in self._ec_halves)
+
+    @property
     def ec_place(self) -> ECPlace | None:
         """Where language models find the embeddings of this engine, if it encodes and they don't find them without."""
         return self._ec_place
@@ -132,6 +138,7 @@ class Engine(ABC):
         self._store_id = scheduler_role.store_id
         self._store_id()  # an unreachable store fails the start
         self._ec_connector = config.connector
+        self._ec_halves = scheduler_role, worker_role
         self._ec_place = worker_role.place() if worker_role.is_producer else None
         return scheduler_role, worker_role
 

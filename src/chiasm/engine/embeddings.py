@@ -18,6 +18,7 @@ from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector
 from chiasm.ec_transfer.faults import connector_error, expect, not_coming
 from chiasm.ec_transfer.size_check import check_received_size
+from chiasm.engine.asking import Asking
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.request import ItemOutcome, ItemTiming
 from chiasm.engine.request_state import RequestState
@@ -79,7 +80,7 @@ class Embeddings:
         self._encoder = encoder
         self._unasked: list[RequestState] = []
         """Requests that have come since the connector was last asked."""
-        self._looks_again = False
+        self._asking = Asking()
         self._has_lost = False
         self._changes_seen = -1
         self._changes_encoded = -1
@@ -160,16 +161,23 @@ class Embeddings:
         """
         if not self._has_news:
             return []
-        self._changes_seen, self._looks_again, self._has_lost = self._scheduler.items.changes, False, False
-        if self._encoder is not None:
-            return self._take_encoded(self._encoder, states)
+        self._changes_seen, self._has_lost = self._scheduler.items.changes, False
         if self._scheduler_role is not None and self._worker_role is not None:
-            return self._load(self._scheduler_role, self._worker_role, states)
-        return []
+            if self._unasked:
+                self._asking.ask_all()
+            arrived = self._asking.begin(items[0].identifier for _, items in self._scheduler.wanted_items())
+            if arrived is None or arrived:
+                return self._load(self._scheduler_role, self._worker_role, arrived, states)
+            return []
+        self._asking.begin(())
+        return [] if self._encoder is None else self._take_encoded(self._encoder, states)
 
-    def look_again(self) -> None:
-        """Note that an embedding has arrived, was lost, or was made here."""
-        self._looks_again = True
+    def look_again(self, arrived: str = "") -> None:
+        """Note that an embedding has arrived, or without a name that any has arrived, was lost, or was made here."""
+        if arrived:
+            self._asking.note_arrival(arrived)
+        else:
+            self._asking.ask_all()
 
     @property
     def seconds_to_update(self) -> float | None:
@@ -180,7 +188,7 @@ class Embeddings:
 
     @property
     def _has_news(self) -> bool:
-        return self._looks_again or self._changes_seen != self._scheduler.items.changes
+        return self._asking.is_due or self._changes_seen != self._scheduler.items.changes
 
     def missing(self) -> list[str]:
         """Return the identifiers of what the next chunks want and what isn't in memory, each once."""
@@ -199,23 +207,33 @@ class Embeddings:
             expect(self._scheduler_role, places, stored)
 
     def _load(
-        self, scheduler_role: ECConnector, worker_role: ECConnector, states: Mapping[str, RequestState]
+        self,
+        scheduler_role: ECConnector,
+        worker_role: ECConnector,
+        arrived: Set[str] | None,
+        states: Mapping[str, RequestState],
     ) -> list[tuple[RequestState, ChiasmError]]:
-        """Have the connector hand over what has arrived, as far as there is room.
+        """Have the connector hand over what has arrived, as far as there is room. If ``arrived`` is None, it is asked for all.
 
         Return the requests that want an item on which the connector has failed; it is not asked for that item again.
         """
+        cache = self._scheduler.encoder_cache
         arrivals: list[tuple[Sequence, PromptItem]] = []
         failed: dict[str, ChiasmError] = {}
         requests: list[tuple[RequestState, ChiasmError]] = []
         for sequence, items in self._scheduler.wanted_items():
+            first = items[0].identifier
+            if arrived is not None and first not in arrived and first not in cache:
+                continue
             for item in items:
                 name = item.identifier
-                if name not in self._scheduler.encoder_cache and name not in failed:
+                if name not in cache and name not in failed:
                     with _noting_failure(scheduler_role, name, failed):
-                        if not scheduler_role.has_cache_item(name) or not self._scheduler.items.make_room(
-                            sequence, item
-                        ):
+                        if not self._asks_for(scheduler_role, name, is_round=arrived is None):
+                            break
+                        if not self._scheduler.items.make_room(sequence, item):
+                            if arrived is not None:
+                                self._asking.ask_all()
                             break
                         scheduler_role.update_state_after_alloc(sequence, sequence.items.index(item))
                 if name in failed:
@@ -237,6 +255,19 @@ class Embeddings:
             else:
                 self._has_lost = True
         return requests
+
+    def _asks_for(self, scheduler_role: ECConnector, identifier: str, *, is_round: bool) -> bool:
+        """Ask the connector whether it has an embedding: in a round once, otherwise with a round to follow if it hasn't."""
+        if is_round and self._asking.is_absent(identifier):
+            return False
+        if scheduler_role.has_cache_item(identifier):
+            self._asking.note_present(identifier)
+            return True
+        if is_round:
+            self._asking.note_absent(identifier)
+        else:
+            self._asking.ask_all()  # what was asked for by itself counts as needed first
+        return False
 
     def _hand_over(
         self,
@@ -260,6 +291,8 @@ class Embeddings:
         except Exception as error:
             log_failure(scheduler_role, "hand over embeddings, so the requests that lack one fail")
             return {item.identifier: connector_error(error) for _, item in arrivals}
+        for name in [name for name in metadata.loads if name not in self._scheduler.encoder_cache]:
+            self.entries.pop(name, None)  # noted for a step that failed, whose room was given up
         seconds = time.monotonic() - started
         self._reject_misfits(worker_role, arrivals, states)
         for request_id in {sequence.request_id for sequence, _ in arrivals}:

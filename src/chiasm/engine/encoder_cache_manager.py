@@ -32,6 +32,8 @@ class EncoderCacheManager:
         """Grows whenever an entry comes or goes, or is needed by fewer."""
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: list[str] = []
+        self.moved: set[str] = set()
+        """Identifiers of entries that have come or gone. Who acts on that clears it."""
 
     def __contains__(self, identifier: str) -> bool:
         return identifier in self._entries
@@ -65,6 +67,7 @@ class EncoderCacheManager:
         for name in victims:
             self.remove(name)
         self._entries[identifier] = _Entry(num_bytes)
+        self.moved.add(identifier)
         self.changes += 1
         self.used_bytes += num_bytes
         return True
@@ -86,6 +89,7 @@ class EncoderCacheManager:
         entry = self._entries.pop(identifier, None)
         if entry is not None:
             self.used_bytes -= entry.num_bytes
+            self.moved.add(identifier)
             self.changes += 1
             self._evicted.append(identifier)
 

@@ -29,7 +29,7 @@ from chiasm.engine.device import (
 )
 from chiasm.engine.embeddings import Embeddings
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
-from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
+from chiasm.engine.inbox import Abort, Arrival, GiveBack, Inbox, Question, Signal
 from chiasm.engine.kv_transfers import KVTransfers
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.model_runner import ModelRunner
@@ -177,9 +177,9 @@ class LanguageEngine(Engine):
         """Whether the engine's thread is alive."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _item_news(self) -> None:
-        """Have the engine look for embeddings. Called from any thread."""
-        self._inbox.put(Signal.ITEM)
+    def _item_news(self, arrived: str = "", /) -> None:
+        """Have the engine look for embeddings, or only for the one that has arrived. Called from any thread."""
+        self._inbox.put(Arrival(arrived) if arrived else Signal.ITEM)
 
     # ---- the event loop's side ----------------------------------------------------------------------------------------
 

@@ -33,6 +33,12 @@ class GiveBack(NamedTuple):
     leases: frozenset[str]
 
 
+class Arrival(NamedTuple):
+    """An embedding has arrived."""
+
+    identifier: str
+
+
 class Signal(enum.Enum):
     """What needs no further words."""
 
@@ -40,10 +46,10 @@ class Signal(enum.Enum):
     WAKE = enum.auto()
     """A KV transfer has ended."""
     ITEM = enum.auto()
-    """An embedding has arrived, was lost, or was made here."""
+    """Any embedding has arrived, was lost, or was made here."""
 
 
-Message = RequestState | Abort | Question | GiveBack | Signal
+Message = RequestState | Abort | Question | GiveBack | Arrival | Signal
 
 
 class Inbox:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass
 from itertools import takewhile
 
 from chiasm.engine.block_manager import BlockManager
@@ -12,11 +13,32 @@ from chiasm.errors import Code, InvalidRequestError
 from chiasm.models.base import PromptItem
 
 
+@dataclass
+class _Known:
+    """What was found out about a sequence that has items."""
+
+    identifiers: frozenset[str]
+    """Those of all its items."""
+    start: int
+    """The first token that would be computed if it were scheduled now."""
+    blocks: frozenset[int]
+    """Blocks of the prefix cache on which that rests."""
+    stalled: bool | None = None
+    """What ``is_stalled`` has answered."""
+    will_stall: bool | None = None
+    """What ``will_stall`` has answered."""
+    wanted: list[PromptItem] | None = None
+    """What ``wanted`` has answered."""
+    wants_any: bool = False
+    """Whether the next chunks need any items, here or not."""
+
+
 class LateItems:
     """What the scheduler asks about embeddings. It is pure, as the scheduler is.
 
-    Answers hold until an item or a sequence with items comes, goes or moves on; then ``changes`` grows. So what waits costs a
-    step nothing while nothing changes.
+    What is known of a sequence holds until it moves on, one of its items comes or goes, or the prefix cache has more or less
+    of it; whenever that may be, ``changes`` grows. So what waits costs a step nothing while nothing changes, and little while
+    the embeddings of others come.
     """
 
     def __init__(
@@ -35,16 +57,12 @@ class LateItems:
         self._block_manager = block_manager
         self._encoder_cache = encoder_cache
         self._changes = 0
-        self._answers_at = 0
-        """``changes`` when the following was found out; it holds until that grows."""
-        self._stalled: dict[str, bool] = {}
-        """By sequence, what ``is_stalled`` has answered."""
-        self._will_stall: dict[str, bool] = {}
-        """By sequence, what ``will_stall`` has answered."""
-        self._starts: dict[str, int] = {}
-        """How many tokens the prefix cache holds of sequences that wait to run."""
+        self._known: dict[str, _Known] = {}
+        """By sequence. Of one that has ended nothing is kept."""
+        self._known_by_item: dict[str, set[str]] = {}
+        """The sequences in ``_known`` that have an item, by its identifier."""
         self._found_blocks: set[int] = set()
-        """Blocks of the prefix cache on which these answers and that of ``wanted`` rest."""
+        """All blocks on which something known rests, and perhaps others."""
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 
@@ -57,19 +75,56 @@ class LateItems:
         """Note that a sequence has come, gone or moved on; it counts if it has any items."""
         if sequence.items:
             self._changes += 1
+            self._forget(sequence.sequence_id)
+
+    def note_computed(self, sequence: Sequence) -> None:
+        """Note that a part of the sequence's prompt was computed, which others that share its items may find cached."""
+        self.note_change(sequence)
+        for item in sequence.items:
+            self._forget_item(item.identifier)
 
     def note_overwritten(self, blocks: Collection[int]) -> None:
         """Note that blocks are no longer in the prefix cache."""
-        if not self._found_blocks.isdisjoint(blocks):
-            self._changes += 1
+        if self._found_blocks.isdisjoint(blocks):
+            return
+        self._changes += 1
+        for name in [name for name, known in self._known.items() if not known.blocks.isdisjoint(blocks)]:
+            self._forget(name)
+        self._found_blocks = {block for known in self._known.values() for block in known.blocks}
 
-    def _forget_old_answers(self) -> None:
-        if self._answers_at != self.changes:
-            self._answers_at = self.changes
-            self._stalled.clear()
-            self._will_stall.clear()
-            self._starts.clear()
-            self._found_blocks.clear()
+    def _of(self, sequence: Sequence) -> _Known:
+        """Return what is known of a sequence with items."""
+        if moved := self._encoder_cache.moved:
+            for identifier in moved:
+                self._forget_item(identifier)
+            moved.clear()
+        return self._known.get(sequence.sequence_id) or self._find_out(sequence)
+
+    def _find_out(self, sequence: Sequence) -> _Known:
+        identifiers = frozenset(item.identifier for item in sequence.items)
+        if sequence.is_running:
+            known = _Known(identifiers, sequence.num_computed, frozenset())
+        else:
+            prefix = self.cached_prefix(sequence)
+            known = _Known(identifiers, len(prefix) * self._block_manager.block_size, frozenset(prefix))
+        if not sequence.finished:
+            self._known[sequence.sequence_id] = known
+            self._found_blocks |= known.blocks
+            for identifier in identifiers:
+                self._known_by_item.setdefault(identifier, set()).add(sequence.sequence_id)
+        return known
+
+    def _forget_item(self, identifier: str) -> None:
+        for name in list(self._known_by_item.get(identifier, ())):
+            self._forget(name)
+
+    def _forget(self, sequence_id: str) -> None:
+        known = self._known.pop(sequence_id, None)
+        for identifier in known.identifiers if known is not None else ():
+            names = self._known_by_item[identifier]
+            names.remove(sequence_id)
+            if not names:
+                del self._known_by_item[identifier]
 
     # ---- what is needed ---------------------------------------------------------------------------------------------
 
@@ -103,35 +158,25 @@ class LateItems:
 
         Sequences whose next chunks need no items are left out. The others hold what they need before that item, no more.
         """
-        self._forget_old_answers()
         wanted: list[tuple[Sequence, list[PromptItem]]] = []
         for sequence in sequences:
             if not sequence.items or sequence.prompt_computed:
                 continue
-            items = self._next_items(sequence)
-            here = list(takewhile(lambda item: item.identifier in self._encoder_cache, items))
-            self._release(sequence, sequence.held - {item.identifier for item in here})
-            for item in here:
-                self.hold(sequence, item)
-            if items:
-                wanted.append((sequence, items[len(here) :]))
+            known = self._of(sequence)
+            if known.wanted is None:
+                items = self._next_items(sequence)
+                here = list(takewhile(lambda item: item.identifier in self._encoder_cache, items))
+                self._release(sequence, sequence.held - {item.identifier for item in here})
+                for item in here:
+                    self.hold(sequence, item)
+                known.wanted, known.wants_any = items[len(here) :], bool(items)
+            if known.wants_any:
+                wanted.append((sequence, known.wanted))
         return wanted
-
-    def _next_token(self, sequence: Sequence) -> int:
-        """Return the first token that would be computed if the sequence were scheduled now."""
-        if sequence.is_running:
-            return sequence.num_computed
-        self._forget_old_answers()
-        start = self._starts.get(sequence.sequence_id)
-        if start is None:
-            prefix = self.cached_prefix(sequence)
-            self._found_blocks.update(prefix)
-            start = self._starts[sequence.sequence_id] = len(prefix) * self._block_manager.block_size
-        return start
 
     def _next_items(self, sequence: Sequence) -> list[PromptItem]:
         """Return the items that the next chunks of a prompt need, or for which little text before them waits."""
-        start = self._next_token(sequence)
+        start = self._of(sequence).start
         return sequence.items_between(start, start + self._max_num_batched_tokens + self._min_text_before_item)
 
     # ---- what is missing --------------------------------------------------------------------------------------------
@@ -153,13 +198,10 @@ class LateItems:
         """Return whether the sequence cannot continue because an embedding is missing."""
         if sequence.prompt_computed or not sequence.items or sequence.num_remote:
             return False
-        self._forget_old_answers()
-        stalled = self._stalled.get(sequence.sequence_id)
-        if stalled is None:
-            start = self._next_token(sequence)
-            stalled = self.runnable_end(sequence, start, sequence.num_tokens) == start
-            self._stalled[sequence.sequence_id] = stalled
-        return stalled
+        known = self._of(sequence)
+        if known.stalled is None:
+            known.stalled = self.runnable_end(sequence, known.start, sequence.num_tokens) == known.start
+        return known.stalled
 
     def will_stall(self, sequence: Sequence) -> bool:
         """Return whether an embedding is missing that the rest of the prompt needs, now or further on.
@@ -168,11 +210,10 @@ class LateItems:
         """
         if not sequence.items or sequence.prompt_computed or sequence.num_remote:
             return False
-        self._forget_old_answers()
-        stalls = self._will_stall.get(sequence.sequence_id)
-        if stalls is None:
-            stalls = self._will_stall[sequence.sequence_id] = self._lacks_any(self._next_items(sequence))
-        return stalls
+        known = self._of(sequence)
+        if known.will_stall is None:
+            known.will_stall = self._lacks_any(self._next_items(sequence))
+        return known.will_stall
 
     def _lacks_any(self, items: Iterable[PromptItem]) -> bool:
         room = self._encoder_cache.capacity_bytes
@@ -188,21 +229,22 @@ class LateItems:
         """Return whether all embeddings are in memory that the rest of the prompt needs."""
         if not sequence.items or sequence.prompt_computed or sequence.num_remote:
             return True
-        return self.runnable_end(sequence, self._next_token(sequence), sequence.num_tokens) == sequence.num_tokens
+        return self.runnable_end(sequence, self._of(sequence).start, sequence.num_tokens) == sequence.num_tokens
 
     def note_stalled(self, sequence: Sequence) -> None:
         """Note that a sequence that waits to run can't be admitted because an embedding is missing.
 
-        The prefix cache may have grown since that was asked last, and then less text is left before the item.
+        The prefix cache may have grown since that was asked last. Then less text is left before the item, and items may be
+        needed next that were too far off before.
         """
-        self._forget_old_answers()
-        self._stalled[sequence.sequence_id] = True
+        self.note_change(sequence)
+        self._of(sequence).stalled = True
 
     # ---- room -------------------------------------------------------------------------------------------------------
 
     def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
         """Reserve room in the encoder cache for an embedding that is about to be loaded or made; return whether there is."""
-        before = sequence.items_between(self._next_token(sequence), item.offset)
+        before = sequence.items_between(self._of(sequence).start, item.offset)
         needed_before = {other.identifier for other in before}
         return self._encoder_cache.allocate(
             item.identifier, self.entry_bytes(item), rank=_rank(sequence), keep=needed_before

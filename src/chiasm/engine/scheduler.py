@@ -219,7 +219,7 @@ class Scheduler:
                 continue
             sequence.num_computed = part.end
             if part.start < sequence.num_prompt:
-                self.items.note_change(sequence)
+                self.items.note_computed(sequence)
                 self._moves += sequence.prompt_computed
             self._remember_blocks(sequence, part.start)
             self.items.release_computed(sequence)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from chiasm.cores import lower_priority
 from chiasm.ec_transfer.faults import connector_error
 from chiasm.engine.device import use_threads
-from chiasm.engine.inbox import Abort, GiveBack, Inbox, Question, Signal
+from chiasm.engine.inbox import Abort, Arrival, GiveBack, Inbox, Question, Signal
 from chiasm.engine.local_encoder import HIGH_PRIORITY, on_stream
 from chiasm.engine.pace import Pace
 from chiasm.engine.request import ItemOutcome, Output
@@ -145,6 +145,8 @@ class StepLoop:
                     self._forget(self.states[request_id])
                 case Signal.ITEM:
                     self._embeddings.look_again()
+                case Arrival(identifier):
+                    self._embeddings.look_again(identifier)
                 case Question():
                     self._questions.append(message)
                 case GiveBack(leases) if self._kv_transfers is not None:

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from chiasm.connectors.extra_config import read_extra_config
 from chiasm.connectors.factory import ClassPath, ConnectorFactory
+from chiasm.connectors.faults import Faults
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.options import Option
@@ -240,6 +241,7 @@ class KVConnector(ABC):
 
     def __init__(self, config: KVTransferConfig, role: KVConnectorRole) -> None:
         self.config = config
+        self.faults = Faults()
         self.role = role
         self.stats = KVConnectorStats()
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from chiasm.errors import UnsupportedModelError
+from chiasm.models.experts import pack_experts
 from chiasm.models.products import Product, product
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Layer(nn.Module):
         self._qkv = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = _fuse(attention.o_proj)
         self._before_mlp = RMSNorm.of(self.post_attention_layernorm)
+        if "experts" in _children(self.mlp):
+            pack_experts(self.mlp)
         self._mlp: Product = _GatedMLP(self.mlp) if "gate_proj" in _children(self.mlp) else self._run_experts
 
     def forward(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:

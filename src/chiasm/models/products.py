@@ -75,6 +75,11 @@ def is_packed_in(form: Form, weight: Tensor) -> bool:
     return form is Form.PACKED and weight.numel() >= LEAST_PACKED
 
 
+def is_kept_packed_only(form: Form, weight: Tensor) -> bool:
+    """Tell whether products with a weight have no use for the weight itself, where this is the form of large ones."""
+    return is_packed_in(form, weight) and (weight.dtype != torch.float32 or weight.numel() >= FEW_MULTIPLICATIONS)
+
+
 def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Product, bool]:
     """Return the product with ``weight`` ``[outputs, inputs]``, and whether it has no more use for the weight itself.
 
@@ -84,7 +89,7 @@ def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tu
         form = best_form(weight.dtype, weight.device, cpu_flags())
     if is_packed_in(form, weight):
         packed = _packed(weight.detach(), bias)
-        if weight.dtype != torch.float32 or weight.numel() >= FEW_MULTIPLICATIONS:
+        if is_kept_packed_only(form, weight):
             return packed, True
         return _plain_or_packed(weight, _plain(weight, bias), packed), False
     if form is Form.STRIPS and weight.numel() * weight.itemsize >= LEAST_BYTES_IN_STRIPS:

@@ -103,6 +103,7 @@ class Status:
             dtype=engine.dtype_name,
             ec_store=ec_store,
             ec_connector=engine.ec_connector,
+            ec_faults=engine.ec_faults,
             ec_place=engine.ec_place,
             version=__version__,
             fleet_keys=list(context.fleet_key.names) if context.fleet_key else [],

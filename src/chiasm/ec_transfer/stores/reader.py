@@ -15,6 +15,7 @@ from chiasm.ec_transfer.intake import Intake, Stage, Wanted
 from chiasm.ec_transfer.stores.base import Store
 from chiasm.ec_transfer.stores.entry import AbsentEntryError, CorruptEntryError, StoredEntry, StoreError
 from chiasm.ec_transfer.stores.guard import Guard
+from chiasm.ec_transfer.wake import Wake
 
 _log = logging.getLogger(__name__)
 _THREADS = 2
@@ -86,7 +87,7 @@ class Reader(Generic[LandingT]):
         self._check = check
         self._allocate = allocate
         self._is_elsewhere = is_elsewhere
-        self.wake: Callable[[], None] = lambda: None
+        self.wake: Wake = lambda arrived="", /: None
         self._guard = Guard(f"Reading embeddings from {store.address}")
         self.stats = StoreReads()
         self._told: OrderedDict[str, None] = OrderedDict()
@@ -231,7 +232,7 @@ class Reader(Generic[LandingT]):
             is_wanted = self._intake.fail(read) if landing is None else self._intake.arrive(read, landing)
             self._changed.notify_all()
         if is_wanted and (landing is not None or header is None):
-            self.wake()
+            self.wake(read.identifier if landing is not None else "")
 
     def _count(self, *, absent: int = 0, corrupt: int = 0, read_failures: int = 0) -> None:
         with self._changed:

@@ -320,7 +320,7 @@ class SchedulerHalf:
 
     # ---- all requests wait ------------------------------------------------------------------------------------------
 
-    def _wake(self) -> None:
+    def _wake(self, arrived: str = "", /) -> None:
         self._has_arrivals = True
         self.on_arrival()
 
