@@ -102,7 +102,7 @@ def _measured(visit: Visit) -> dict[str, object]:
     values["seconds"] = round(time.monotonic() - visit.arrival, 3)
     if visit.first_at is not None:
         values["first_ms"] = _milliseconds(visit.first_at - visit.arrival)
-    return values | {f"{name}_ms": _milliseconds(seconds) for name, seconds in visit.stages.items()}
+    return values | {f"{name}_ms": _milliseconds(seconds) for name, seconds in visit.stages().items()}
 
 
 def _milliseconds(seconds: float) -> float:
