@@ -469,6 +469,25 @@ class TestLog:
         assert re.fullmatch(f"id=a POST / status=200 prompt_tokens=12 completion_tokens=3 {took}", first)
         assert re.fullmatch(f"id=b GET /page status=200 {took}", second)
 
+    @pytest.mark.parametrize(("access_log", "asked"), [("failures", 0), ("requests", 1)])
+    def test_stages_are_summed_up_only_for_a_line(
+        self, access_log: str, asked: int, lines: Callable[[], list[str]]
+    ) -> None:
+        calls = 0
+
+        def stages() -> dict[str, float]:
+            nonlocal calls
+            calls += 1
+            return {"encode": 0.0123}
+
+        async def answer(exchange: Exchange) -> None:
+            exchange.visit.stages = stages
+            await exchange.reply(b"{}")
+
+        with site(answer, config=HttpConfig(access_log=access_log)) as server:
+            send(server.url)
+        assert (calls, sum("encode_ms=12.3" in line for line in lines())) == (asked, asked)
+
     def test_a_request_that_fails_has_one_line_in_it_too(self, lines: Callable[[], list[str]], tmp_path: Path) -> None:
         file = tmp_path / "keys"
         file.write_text(f"keys: [{{key: {FIRST}, name: team}}]")
@@ -481,7 +500,7 @@ class TestLog:
     def test_what_is_logged_meanwhile_has_the_id_and_json_has_members(self) -> None:
         async def answer(exchange: Exchange) -> None:
             exchange.visit.details["images"] = 2
-            exchange.visit.stages = {"encode": 0.0123}
+            exchange.visit.stages = lambda: {"encode": 0.0123}
             logging.getLogger("test").warning("a line of %s", "it")
             await exchange.reply(b"{}")
 

@@ -225,12 +225,13 @@ class TestLog:
         front = await start([pd])
         await listen(front, ask("x", stream=True))
         assert (await front.get("/health")).status == 200
+        (record,) = (await front.get("/requests")).json["requests"]
+        await front.stop()
         (line,) = self.lines(caplog)
         found = dict(re.findall(r"(\w+)=(\S+)", line))
         assert {"prompt_tokens": "12", "completion_tokens": "3"}.items() <= found.items()
         assert {"queue_ms": "1.5", "wait_ms": "2.0", "prefill_ms": "3.2"}.items() <= found.items()
         assert float(found["decode_ms"]) <= 1000 * float(found["seconds"])
-        (record,) = (await front.get("/requests")).json["requests"]
         assert record["tokens"] == {"prompt": 12, "completion": 3}
         assert {"queue", "prefill", "decode"} <= record["stages"].keys()
 
@@ -242,6 +243,8 @@ class TestLog:
         caplog.set_level(logging.WARNING, "chiasm.access")
         quiet = await start([FakeInstance("pd")])
         await quiet.post(ask("x"))
+        await front.stop()
+        await quiet.stop()
         assert self.lines(caplog) == []
 
     async def test_no_prompt_and_no_key_gets_there(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -249,6 +252,7 @@ class TestLog:
         await front.post(ask("a secret", stream=3), **RIGHT)
         await front.post(ask("a secret"), Authorization="Bearer a-secret-key")
         await front.post(ask("a secret"), "/v1/chat/completions?key=secret", **RIGHT)
+        await front.stop()
         text = "".join(self.lines(caplog))
         assert text.count("status=") == 3
         assert "secret" not in text

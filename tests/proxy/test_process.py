@@ -123,6 +123,33 @@ def peak_kib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_line_that_waits_in_the_log_is_written_at_the_end(number: signal.Signals) -> None:
+    pd = FakeInstance("pd")
+    await pd.start()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "chiasm", "proxy", "--port", "0", "--pd", pd.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        url = (await asyncio.wait_for(process.stdout.readline(), 120)).decode().split()[-1]
+        async with aiohttp.ClientSession() as session:
+            async with session.post(
+                f"{url}/v1/chat/completions", json=ask("x"), headers={"X-Request-Id": "me"}
+            ) as answer:
+                assert answer.status == 200
+                process.send_signal(number)
+            _, log = await asyncio.wait_for(process.communicate(), 120)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await pd.kill()
+    assert (process.returncode, log.count(b"chiasm.access: id=me POST")) == (0, 1)
+
+
 async def test_memory_stays_below_the_bound() -> None:
     pd, encoder = FakeInstance("pd"), FakeInstance("encoder")
     large = image_bytes(size=(700, 500), format="BMP")

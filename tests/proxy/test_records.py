@@ -60,7 +60,7 @@ def record_of_one_image(*, stream: bool = True, request_id: str = "r", ended_at:
         key="",
         status=200,
         details={"images": 1},
-        stages={},
+        stages=dict,
         tokens={},
         arrived=1.7e9,
         arrival=100.0,

@@ -70,7 +70,7 @@ class FrontDoor(Starlette):
             async with AsyncExitStack() as stack:
                 for name in _LOGS_OF_CLIENTS:
                     stack.enter_context(limited(name))
-                stack.callback(self._log.flush)
+                stack.callback(self._log.close)
                 await stack.enter_async_context(running(self.keys.follow()))
                 if lifespan is not None:
                     await stack.enter_async_context(lifespan(app))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,8 +58,9 @@ class Visit:
         """When the first bytes of an answer without an error went out, on the clock of ``time.monotonic``."""
         self.details: dict[str, object] = {}
         """What whoever answers tells about it: the model, the number of images, the instances. Nothing that a client wrote."""
-        self.stages: Mapping[str, float] = {}
-        """Seconds that stages of the answer took, as far as whoever answers tells them."""
+        self.stages: Callable[[], Mapping[str, float]] = dict
+        """Returns the seconds that stages of the answer took, as far as whoever answers tells them. Called only if somebody
+        wants to know."""
         self.asks_for_answer = False
         """Whether it is for an endpoint that works for it, and not for a page."""
         self.tokens: dict[str, int] = {}

@@ -29,7 +29,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import kept_apart, parse_other
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.records.ring import Records
-from chiasm.proxy.records.stages import language_stages
+from chiasm.proxy.records.stages import stages_at_end
 from chiasm.proxy.records.tracing import tracing_to
 from chiasm.proxy.records.trail import Trail
 from chiasm.proxy.request import Request, parse_chat, parse_completion
@@ -185,7 +185,7 @@ class ProxyService:
             exchange.error_headers = [timing.header()]
             raise
         finally:
-            exchange.visit.stages = timing.durations() | language_stages(trail, exchange.visit)
+            exchange.visit.stages = stages_at_end(timing.durations(), trail, exchange.visit)
 
     def _of_tenant(self, request: Request, exchange: Exchange, path: str) -> Request:
         """Return the request with its tenant's salt, if it has one. Raises InvalidRequestError for what isn't kept apart."""

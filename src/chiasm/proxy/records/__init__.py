@@ -1,7 +1,7 @@
 """One record of each request: where its time went, at all instances, on one clock.
 
 ``trail`` notes instants while a request is answered, which is all that a request pays for; ``record`` is what is kept of it
-afterwards, ``stages`` sums up for its line in the log, and ``ring`` keeps a bounded number. Only when somebody looks, ``spans``
+afterwards, ``stages`` sums up if somebody asks, and ``ring`` keeps a bounded number. Only when somebody looks, ``spans``
 makes spans of a record, ``critical`` finds which of them its first token waited for, ``info`` is all of it, and ``pages`` and
 ``trace_file`` show it.
 

@@ -65,7 +65,7 @@ def info_of(record: Record) -> RecordInfo:
         key=record.key,
         details=dict(record.details),
         tokens=dict(record.tokens),
-        stages=dict(record.stages),
+        stages=dict(record.stages()),
         spans=[_span(span) for span in timeline.spans],
         critical_path=[_span(span) for span in critical_path(timeline)],
     )

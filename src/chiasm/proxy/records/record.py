@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from chiasm.http import Exchange
@@ -26,8 +26,8 @@ class Record:
     """499: the client left."""
     details: Mapping[str, object]
     """The model, the number of images and the instances, as far as they are known."""
-    stages: Mapping[str, float]
-    """Seconds: those of the proxy, as in ``Server-Timing``, and those of language instances."""
+    stages: Callable[[], Mapping[str, float]]
+    """Returns seconds: those of the proxy, as in ``Server-Timing``, and those of language instances."""
     tokens: Mapping[str, int]
     arrived: float
     """Unix time."""
