@@ -79,7 +79,7 @@ def test_an_encoder_counts_what_nobody_has_fetched_yet(
     request = model.admit("r", "cat")
     model.load(request)
     model.finish(request)
-    eventually(lambda: encoder.worker.num_unfetched() == 1)
+    assert eventually(lambda: encoder.worker.num_unfetched() == 1)
     assert encoder.scheduler.is_published(names[0])  # somebody will come for it again
     assert encoder.worker.num_unfetched() == 2
     monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
