@@ -13,6 +13,7 @@ import torch
 
 from chiasm.ec_transfer import holder
 from chiasm.errors import StorageError
+from chiasm.launch.ports import HeldPort
 from tests.launch.waiting import eventually
 
 from .instance import embedding_of, identifier_of
@@ -53,6 +54,14 @@ def model(make: Callable[..., Any]) -> LanguageModel:
     model = make(LanguageModel)
     assert isinstance(model, LanguageModel)
     return model
+
+
+@pytest.fixture
+def address() -> Iterator[HeldPort]:
+    """Nobody else takes it between two encoders that listen there."""
+    held = HeldPort("127.0.0.1")
+    yield held
+    held.release()
 
 
 def big(name: object, megabytes: int = 1) -> torch.Tensor:
@@ -230,9 +239,9 @@ def test_an_encoder_of_another_model_is_not_believed(make: Callable[..., Any], m
 
 
 def test_an_encoder_that_was_restarted_with_another_model_at_the_same_address_is_not_believed(
-    make: Callable[..., Any], model: LanguageModel, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Any], model: LanguageModel, address: HeldPort, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = make(Encoder)
+    first = make(Encoder, port=address.port)
     earlier = first.place
     model.scheduler.expect({first.encode("dog"): earlier})
     model.load(model.admit("before", "dog"))
