@@ -158,7 +158,9 @@ class Turmoil:
         """
         gc.collect()
         for encoder in self._encoders:
-            assert eventually(partial(_takes_all_memory, encoder)), "an embedding that nobody reads any more is still pinned"
+            assert eventually(partial(_takes_all_memory, encoder)), (
+                "an embedding that nobody reads any more is still pinned"
+            )
         self.wanted = ["all"]
         self._embeddings["all"] = embedding_of("all", rows=SETTINGS["receive_bytes"] // ROW_BYTES)
         request = self._model.admit("last", "all", rows=len(self._embeddings["all"]))

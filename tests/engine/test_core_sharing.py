@@ -310,9 +310,7 @@ def test_the_slot_of_a_process_that_was_killed_is_given_to_the_next_thread(tmp_p
         assert torch.get_num_threads() == 4
 
 
-def test_a_thread_that_showed_itself_long_ago_does_not_count(
-    share: CoreShare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_that_showed_itself_long_ago_does_not_count(share: CoreShare, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chiasm.engine.core_sharing._LONG_AGO_NS", 1_000)
     share.show(1, time.monotonic_ns() - 2_000)
     assert share.part_of(0, time.monotonic_ns()) == 4
