@@ -72,9 +72,9 @@ class Host:
         _ip(*self._cable, "up")
 
     def slow_down(self, bits_per_second: int) -> None:
-        """Let no more than this leave the host."""
+        """Let no more than this leave the host, in place of what was said before."""
         limit = ("tbf", "rate", f"{bits_per_second}bit", "burst", "32kb", "latency", "50ms")
-        _run("tc", "-n", self._namespace, "qdisc", "add", "dev", "eth0", "root", *limit)
+        _run("tc", "-n", self._namespace, "qdisc", "replace", "dev", "eth0", "root", *limit)
 
     @property
     def sent_bytes(self) -> int:

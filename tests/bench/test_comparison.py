@@ -77,8 +77,14 @@ def _freeze_proxy() -> None:
 async def test_a_proxy_that_hangs_costs_a_trial_and_not_the_run(
     comparer: _Comparer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_DRAIN_SECONDS", 0.5)
-    comparer.at["first, round 2 of 3"] = _freeze_proxy
+    patient_seconds = trial._DRAIN_SECONDS
+
+    def freeze() -> None:
+        monkeypatch.setattr(trial, "_DRAIN_SECONDS", 0.5)  # of this trial alone: others end when they do
+        _freeze_proxy()
+
+    comparer.at["first, round 2 of 3"] = freeze
+    comparer.at["first, round 3 of 3"] = lambda: monkeypatch.setattr(trial, "_DRAIN_SECONDS", patient_seconds)
     # The requests of the frozen proxy are given up after a second.
     outcome = await comparer.run(replace(_EASY, ttft_slo=0.5, rate=20.0), _MIXES)
     assert {(one["traffic"], one["seed"]) for one in outcome.trials} == {

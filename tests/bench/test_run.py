@@ -172,8 +172,18 @@ def test_a_trace_is_measured_with_every_deployment_that_is_asked_for(checkpoint:
 
 
 def test_what_was_measured_before_a_signal_is_shown_and_plotted(checkpoint: Path, tmp_path: Path) -> None:
-    chosen = ("--mixes", "text,mixed", "--arms", "aggregated", "--ttft-slo", "60", "--tpot-slo", "60", "--quick")
-    # The second mix takes 5 seconds at this rate.
+    chosen = (
+        "--mixes",
+        "text,mixed,images,burst",
+        "--arms",
+        "aggregated",
+        "--ttft-slo",
+        "60",
+        "--tpot-slo",
+        "60",
+        "--quick",
+    )
+    # The mixes after the first one take 5 seconds each at this rate.
     slow = ("--rate", "20", "--repeat", "2")
     command = [*_BENCH, "goodput", *chosen, *slow, "--model", str(checkpoint), "--output", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -123,5 +123,9 @@ def _fill(encoder: Encoder) -> bool:
 
 
 def _state(stat_path: str) -> str:
-    with open(stat_path) as file:
-        return file.read().rpartition(")")[2].split()[0]
+    """Return the letter of a thread's state; none if the thread has ended."""
+    try:
+        with open(stat_path) as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -27,9 +27,12 @@ VARIABLE = "CHIASM_TEST_CONNECTOR"
 CONNECTOR = os.environ.get(VARIABLE, "TcpConnector")
 NUM_ROWS = 1 << 14
 BIG = embedding_of("big", NUM_ROWS)
-"""2 MiB, which take two seconds when the encoder's host is slow."""
-BITS_PER_SECOND = 8 * BIG.nbytes // 2
+"""2 MiB."""
+SLOW_BITS_PER_SECOND = 8 * BIG.nbytes // 32
+"""So BIG takes half a minute, far longer than what happens to it meanwhile."""
+FAST_BITS_PER_SECOND = 1_000_000_000
 DETECTION_SECONDS = 2.0
+LONG_SECONDS = 100.0
 
 
 class Fleet(NamedTuple):
@@ -54,9 +57,10 @@ class Fleet(NamedTuple):
     def begin(self) -> Request:
         """Return when the model has been granted what is big, and some of it has come."""
         name = self.encoder.encode("big", NUM_ROWS)
+        self.host.slow_down(SLOW_BITS_PER_SECOND)
         request = self.model.admit("r", "big", rows=NUM_ROWS)
         self.model.scheduler.expect({name: self.encoder.place})
-        self.wait_for_bytes(BIG.nbytes // 8)
+        self.wait_for_bytes(BIG.nbytes // 32)
         return request
 
     def encode_nearby(self, name: str, embedding: torch.Tensor) -> None:
@@ -75,7 +79,6 @@ class Fleet(NamedTuple):
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[Host]]:
     with Network(2) as hosts:
-        hosts[0].slow_down(BITS_PER_SECOND)
         yield hosts
 
 
@@ -84,6 +87,7 @@ def fleet(hosts: list[Host]) -> Iterator[Fleet]:
     key = FleetKey([make_fleet_key()])
     there, here = hosts
     there.plug()
+    there.slow_down(FAST_BITS_PER_SECOND)
     with contextlib.ExitStack() as stack:
         encoder = stack.enter_context(
             EncoderProcess(CONNECTOR, there, host=there.address, fleet_key=key, max_bytes=2 * BIG.nbytes)
@@ -99,6 +103,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of which nothing comes is given up soon."""
     monkeypatch.setattr(tcp, "PATIENCE_SECONDS", DETECTION_SECONDS)
     monkeypatch.setattr(nixl, "_PATIENCE_SECONDS", 0.2)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read is given up only after a time that no machine needs."""
+    monkeypatch.setattr(reader, "ANSWER_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(tcp, "PATIENCE_SECONDS", LONG_SECONDS)
 
 
 def test_word_that_an_embedding_is_there_comes_when_the_link_is_back(fleet: Fleet) -> None:
@@ -158,9 +169,11 @@ def test_bytes_that_stop_coming_come_from_elsewhere(fleet: Fleet) -> None:
     fleet.check_big(request)
 
 
+@pytest.mark.usefixtures("patient")
 def test_bytes_that_stop_for_a_moment_come_when_the_link_is_back(fleet: Fleet) -> None:
     request = fleet.begin()
     fleet.host.unplug()
+    fleet.host.slow_down(FAST_BITS_PER_SECOND)
     fleet.host.plug()
     fleet.model.load(request)
     assert torch.equal(fleet.model.memory[identifier_of("big")], BIG)

@@ -13,6 +13,7 @@ import torch
 
 from chiasm.ec_transfer import holder
 from chiasm.errors import StorageError
+from chiasm.launch.ports import HeldPort
 from tests.launch.waiting import eventually
 
 from .instance import embedding_of, identifier_of
@@ -55,6 +56,14 @@ def model(make: Callable[..., Any]) -> LanguageModel:
     return model
 
 
+@pytest.fixture
+def address() -> Iterator[HeldPort]:
+    """Nobody else takes it between two encoders that listen there."""
+    held = HeldPort("127.0.0.1")
+    yield held
+    held.release()
+
+
 def big(name: object, megabytes: int = 1) -> torch.Tensor:
     return embedding_of(name, rows=megabytes * BIG // 128, columns=64)
 
@@ -79,7 +88,7 @@ def test_an_encoder_counts_what_nobody_has_fetched_yet(
     request = model.admit("r", "cat")
     model.load(request)
     model.finish(request)
-    eventually(lambda: encoder.worker.num_unfetched() == 1)
+    assert eventually(lambda: encoder.worker.num_unfetched() == 1)
     assert encoder.scheduler.is_published(names[0])  # somebody will come for it again
     assert encoder.worker.num_unfetched() == 2
     monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
@@ -230,9 +239,9 @@ def test_an_encoder_of_another_model_is_not_believed(make: Callable[..., Any], m
 
 
 def test_an_encoder_that_was_restarted_with_another_model_at_the_same_address_is_not_believed(
-    make: Callable[..., Any], model: LanguageModel, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Any], model: LanguageModel, address: HeldPort, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = make(Encoder)
+    first = make(Encoder, port=address.port)
     earlier = first.place
     model.scheduler.expect({first.encode("dog"): earlier})
     model.load(model.admit("before", "dog"))

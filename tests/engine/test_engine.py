@@ -452,8 +452,9 @@ async def test_an_embedding_that_can_never_be_received_is_refused_when_its_reque
     with pytest.raises(InvalidRequestError, match="--ec-receive-bytes") as caught:
         await pd.ask(B, A)
     assert caught.value.code == Code.EMBEDDING_TOO_LARGE
-    with pytest.raises(EmbeddingUnavailableError):  # it would fit, and nobody makes it
-        await pd.ask(B, seconds=0.1)
+    waits = asyncio.create_task(pd.ask(B))  # it would fit, and nobody makes it
+    await until(lambda: pd.engine.stats().num_stalled == 1)
+    waits.cancel()
 
 
 async def test_the_engine_asserts_what_the_server_has_checked(start: Start) -> None:
@@ -507,10 +508,24 @@ async def test_a_request_that_needs_too_much_memory_fails_alone(start: Start, mo
     assert instance.is_empty()
 
 
+def hold_steps(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Have no step end before the event is set."""
+    may_step, execute = threading.Event(), instance.engine._runner.execute
+
+    def execute_later(step: Step, entries: Mapping[str, Tensor]) -> dict[str, Sampled]:
+        assert may_step.wait(60)
+        return execute(step, entries)
+
+    monkeypatch.setattr(instance.engine._runner, "execute", execute_later)
+    return may_step
+
+
 async def test_a_request_that_cannot_be_queued_fails_alone(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     pd = start()
+    may_step = hold_steps(pd, monkeypatch)
     stream = asyncio.create_task(pd.ask("hello", max_tokens=100))
     await until(lambda: pd.engine.stats().num_running == 1)
+    may_step.set()
 
     def make_choices(state: RequestState, *args: Any, **options: Any) -> NoReturn:
         raise MemoryError
@@ -527,6 +542,7 @@ async def test_an_error_in_what_the_engine_is_told_costs_no_later_request(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pd = start()
+    may_step = hold_steps(pd, monkeypatch)
     stream = asyncio.create_task(pd.ask("hello", max_tokens=400))
     await until(lambda: pd.engine.stats().num_running == 1)
 
@@ -536,6 +552,7 @@ async def test_an_error_in_what_the_engine_is_told_costs_no_later_request(
     with monkeypatch.context() as patch:
         patch.setattr(pd.engine._embeddings, "look_again", look_again)
         pd.engine._item_news()
+        may_step.set()
         with pytest.raises(ChiasmError, match="The engine failed: MemoryError"):
             await stream
     assert pd.engine.healthy

@@ -30,6 +30,8 @@ from tests.fleet import FORKS, Signed
 MODEL = "small"
 SMALL = {"dtype": "float32", "kv_cache_bytes": 16 << 20, "max_model_len": 512}
 ENCODED = "chiasm_images_encoded_total"
+ANSWER_SECONDS = 120.0
+"""More than the deadline of any request here."""
 STREAMS = 20
 """So many streams are asked for, until one of them is still open when an instance is lost."""
 _T = TypeVar("_T")
@@ -116,7 +118,7 @@ class Service:
 
     def post(self, body: dict[str, Any], **options: Any) -> httpx.Response:
         path = "completions" if "prompt" in body else "chat/completions"
-        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=60, **options)
+        return httpx.post(f"{self.url}/v1/{path}", json=body, timeout=ANSWER_SECONDS, **options)
 
     def answer(self, body: dict[str, Any]) -> str:
         response = self.post(body)
@@ -202,7 +204,7 @@ def streamed(
 ) -> list[str]:
     """The data of a stream's events; ``act`` is called when that many have come."""
     events: list[str] = []
-    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=60) as response:
+    with httpx.stream("POST", f"{service.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS) as response:
         assert response.status_code == 200, response.read()
         for line in response.iter_lines():
             if line.startswith("data: "):

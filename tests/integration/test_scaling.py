@@ -22,6 +22,8 @@ PAUSE_SECONDS = 0.1
 """Between two requests of a client: so images wait now and then, and are no load that the proxy remembers for a minute."""
 COMPARED = 12
 CALM_SECONDS = 0.5
+REMEMBERED_SECONDS = 120.0
+"""More than the minute for which the proxy remembers the load of encoders, which is high on a slow machine."""
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_a_burst_brings_an_encoder_which_is_drained_when_it_is_over_and_no_answe
         is_over.clear()
         still_asking = clients.submit(ask_for_a_known_image)
         try:
-            scaled.wait_until(lambda: scaled.deployment.urls(Role.ENCODER) == [first])
+            scaled.wait_until(lambda: scaled.deployment.urls(Role.ENCODER) == [first], REMEMBERED_SECONDS)
         finally:
             is_over.set()
         still_asking.result()

@@ -59,6 +59,7 @@ def ask(service: Service, seed: int, text: str) -> str:
 
 def publish(service: Service, server: StoreServer, seed: int) -> str:
     """Ask about two images; when the store has their embeddings, push them out of memory and the folder by others."""
+    settle(service)
     before = headers(server)
     answer = ask(service, seed, "what?")
     service.wait_until(lambda: len(headers(server)) == len(before) + 2)
@@ -66,6 +67,12 @@ def publish(service: Service, server: StoreServer, seed: int) -> str:
     service.wait_until(lambda: len(headers(server)) == len(before) + 4)
     # The same question to a prompt whose KV is cached would need no embedding.
     return answer
+
+
+def settle(service: Service) -> None:
+    """Wait until the encoder has nothing to encode and nothing to write to the store: it writes behind its answers."""
+    service.wait_until(lambda: not service.busy(Role.ENCODER))
+    service.wait_until(lambda: service.metric(Role.ENCODER, "chiasm_ec_store_queued_bytes") == 0)
 
 
 def headers(server: StoreServer) -> set[bytes]:
@@ -142,21 +149,22 @@ def wait_until_used_again(service: Service, server: StoreServer, aggregated: Ser
     """Ask until something is written to the store again, and something read from it."""
 
     def writes() -> bool:
+        settle(service)
         before = headers(server)
         asked(service, aggregated, [next(seeds)])
+        settle(service)
         return not headers(server) <= before
 
-    service.wait_until(writes, AGAIN_SECONDS)
-    first = next(seeds)
-
     def reads() -> bool:
-        asked(service, aggregated, [next(seeds) for _ in range(4)])  # so that no memory has the first one
+        first, number = next(seeds), next(seeds)
+        asked(service, aggregated, [first, *(next(seeds) for _ in range(4))])  # so that no memory has the first one
+        settle(service)
         before = service.metric(Role.PD, "chiasm_ec_store_reads_total")
-        body = chat(f"after {next(seeds)}", sample_image(first), "?")
+        body = chat(f"after {number}", sample_image(first), "?")
         assert service.answer(body) == aggregated.answer(body)
         return service.metric(Role.PD, "chiasm_ec_store_reads_total") > before
 
-    asked(service, aggregated, [first])
+    service.wait_until(writes, AGAIN_SECONDS)
     service.wait_until(reads, AGAIN_SECONDS)
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import psutil
@@ -67,6 +68,18 @@ def ask_each(running: Running) -> None:
             assert answer.status_code == 400
 
 
+def told(url: str, headers: dict[str, str]) -> Any:
+    """What a page says, as soon as no worker is too busy to tell its part of it."""
+    answers: list[httpx.Response] = []
+
+    def is_whole() -> bool:
+        answers.append(httpx.get(url, headers=headers, timeout=60))
+        return answers[-1].status_code == 200 and "silent_workers" not in answers[-1].json()
+
+    assert eventually(is_whole), answers[-1].text
+    return answers[-1].json()
+
+
 def test_the_metrics_are_those_of_all(running: Running) -> None:
     assert shows(running, "chiasm_proxy_requests_in_flight", {"0": 0, "1": 0})
 
@@ -75,14 +88,11 @@ def test_the_records_are_those_of_all(running: Running) -> None:
     url = f"{running.wait_ready()}/requests"
     ask_each(running)
     for _ in range(4):  # each look is a connection of its own, which either of them may take
-        page = httpx.get(url, headers=ADMIN, timeout=60).json()
-        assert [one["id"] for one in page["requests"]] == ["of-1", "of-0"]
-        assert "silent_workers" not in page
+        assert [one["id"] for one in told(url, ADMIN)["requests"]] == ["of-1", "of-0"]
         for name in ("of-0", "of-1"):
-            one = httpx.get(f"{url}/{name}", headers=ADMIN, timeout=60).json()
+            one = told(f"{url}/{name}", ADMIN)
             assert (one["id"], one["status"]) == (name, 400)
-            trace = httpx.get(f"{url}/{name}/trace.json", headers=ADMIN, timeout=60).json()
-            assert trace["otherData"]["id"] == name
+            assert told(f"{url}/{name}/trace.json", ADMIN)["otherData"]["id"] == name
     assert httpx.get(f"{url}/of-2", headers=ADMIN, timeout=60).status_code == 404
     assert len(httpx.get(f"{url}?limit=1", headers=ADMIN, timeout=60).json()["requests"]) == 1
     with frozen(workers(running)["worker-1"]):
@@ -96,7 +106,7 @@ def test_without_an_admin_key_they_are_for_their_machine_alone(tmp_path: Path) -
     with Running(tmp_path, "proxy", "--workers", "2", "--port", "0", "--shutdown-timeout-seconds", "1") as one:
         url = f"{one.wait_ready()}/requests"
         ask_each(one)
-        assert {found["id"] for found in httpx.get(url, timeout=60).json()["requests"]} == {"of-0", "of-1"}
+        assert {found["id"] for found in told(url, {})["requests"]} == {"of-0", "of-1"}
         assert httpx.get(url, headers={"X-Forwarded-For": "192.0.2.1"}, timeout=60).status_code == 401
 
 

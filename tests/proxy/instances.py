@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from chiasm.http.listen import bind
 from chiasm.wire import (
     AWAITED_PATH,
     DRAIN_PATH,
@@ -135,11 +136,12 @@ class FakeInstance:
             "decode": decode,
         }.get(role, chat)
         self._runner: web.AppRunner | None = None
-        self._port = 0
+        self._held: socket.socket | None = None
+        """Keeps the port, also while nothing listens there: a server of another test there would answer in its place."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://127.0.0.1:{self._held.getsockname()[1] if self._held else 0}"
 
     async def start(self) -> FakeInstance:
         application = web.Application(client_max_size=1 << 30)
@@ -152,11 +154,9 @@ class FakeInstance:
         application.router.add_post("/{route:.*}", self._take)
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0, access_log=None)
         await self._runner.setup()
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self._port))
-        self._port = listener.getsockname()[1]
-        await web.SockSite(self._runner, listener).start()
+        if self._held is None:
+            self._held = bind("127.0.0.1", 0, listening=False)
+        await web.SockSite(self._runner, bind("127.0.0.1", self._held.getsockname()[1])).start()
         return self
 
     async def kill(self) -> None:
