@@ -224,6 +224,7 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         dtype="float32",
         ec_store=(store / "store-id").read_text(),
         ec_connector="SharedStorageConnector",
+        tells_lost=True,
         version=__version__,
         engine="vllm 0.32.0",
         max_model_len=2048,
