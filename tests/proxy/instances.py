@@ -241,7 +241,7 @@ class FakeInstance:
             while not (
                 lost := [name for name in question.published if name in (*(self.awaited or ()), *self.mistakes)]
             ):
-                if not self.lets_wait or self._newest_of(question.asker) is not question:
+                if not (self.lets_wait and question.published) or self._newest_of(question.asker) is not question:
                     break
                 await self._changed.wait()
         finally:

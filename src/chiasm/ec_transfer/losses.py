@@ -13,6 +13,9 @@ from chiasm.ec_transfer.lookout import Lookout
 MAX_ASKERS = 64
 """Questions that wait at one engine. One more ends the oldest, whose proxy then asks at intervals."""
 
+_LOOK_SECONDS = 0.01
+"""The shortest time from one look for an embedding to the next, beside an engine that may be computing."""
+
 
 class _Question(NamedTuple):
     published: frozenset[str]
@@ -96,7 +99,7 @@ class LossWatch:
         watched, before = self._missing & asked, self._watched
         self._watched = watched
         if watched and self._lookout is None:
-            self._lookout = Lookout(self._look, name="chiasm-losses")
+            self._lookout = Lookout(self._look, name="chiasm-losses", min_seconds=_LOOK_SECONDS)
         if self._lookout is not None:
             for name in before - watched:
                 self._lookout.remove(name)
