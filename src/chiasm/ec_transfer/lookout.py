@@ -23,8 +23,7 @@ class _Awaited:
 class Lookout:
     """Calls ``look`` in a thread of its own, again and again, with the awaited names whose turn it is.
 
-    A name is looked for at once, then as often as ``min_seconds`` says, and less often the longer it has been awaited, until it is
-    removed.
+    A name is looked for at once, then after ``min_seconds`` and less often the longer it is awaited, until it is removed.
     The methods may be called from any thread, and from ``look``.
     """
 
