@@ -109,8 +109,10 @@ class LossNews:
                     await asyncio.wait((before,))
                 await asyncio.sleep(_PAUSE_SECONDS)
                 more = asyncio.ensure_future(desk.has_more.wait())
-                await asyncio.wait((desk.newest, more), return_when=asyncio.FIRST_COMPLETED)
-                more.cancel()
+                try:
+                    await asyncio.wait((desk.newest, more), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    more.cancel()
                 before = None if desk.newest.done() else desk.newest
         finally:
             desk.is_asking = False
