@@ -391,7 +391,7 @@ class ECItem(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class AwaitedEmbeddings(msgspec.Struct, kw_only=True, frozen=True):
-    """What an instance that reads embeddings answers to GET AWAITED_PATH, at the time of the question."""
+    """What an instance that reads embeddings answers to GET AWAITED_PATH, at the time of the question, and to LOST_PATH."""
 
     identifiers: list[str] = []
     """Embeddings that prompts need next and that are neither in the instance's memory nor in the store, each once."""

@@ -2,8 +2,9 @@
 
 They may be evicted, because more is published than the store or the encoder's memory holds, or removed, because the file is
 damaged; the encoder that has them may be gone, or the instance couldn't be told which it is. The instance goes on waiting for
-them, keeps the request's place, and tells the proxy when it is asked; the proxy says that they are in the fleet's shared cache,
-if they are there, and otherwise has them encoded again.
+them, keeps the request's place, and tells the proxy when it is asked: as soon as it has news, which
+:mod:`chiasm.proxy.loss_news` brings, or at intervals. The proxy says that they are in the fleet's shared cache, if they are
+there, and otherwise has them encoded again.
 """
 
 from __future__ import annotations
