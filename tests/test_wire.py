@@ -17,9 +17,11 @@ from chiasm.errors import Code, OverloadedError
 from chiasm.http import events
 from chiasm.http.errors import error_body
 from chiasm.wire import (
+    AWAITED_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,
     KV_COMMENT,
+    LOST_PATH,
     MAX_PLACES,
     PLACES_PATH,
     TIMING_COMMENT,
@@ -432,4 +434,8 @@ def test_codes_that_proxies_act_on_keep_their_spelling(code: str) -> None:
 
 def test_paths_keep_their_spelling() -> None:
     assert (CHAT_PATH, COMPLETIONS_PATH) == ("/v1/chat/completions", "/v1/completions")
-    assert PLACES_PATH == "/embeddings/places"
+    assert (AWAITED_PATH, LOST_PATH, PLACES_PATH) == (
+        "/embeddings/awaited",
+        "/embeddings/lost",
+        "/embeddings/places",
+    )

@@ -42,6 +42,7 @@ OTHER_PATHS = (
 )
 """What vLLM answers besides, depending on the model: POST of JSON. Nothing by which an instance is operated or debugged."""
 AWAITED_PATH = "/embeddings/awaited"
+LOST_PATH = "/embeddings/lost"
 PLACES_PATH = "/embeddings/places"
 CLIENT_HEADER = "x-chiasm-client"
 """With it the proxy, if it checks API keys, tells an instance which of them a request has; it names the key, and isn't it."""
@@ -153,6 +154,8 @@ class Health(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """Errors that its EC connector has raised where it shouldn't."""
     reads_stored: bool = False
     """Whether it reads embeddings that the fleet's shared cache has."""
+    tells_lost: bool = False
+    """Whether it takes questions at LOST_PATH."""
     ec_place: ECPlace | None = None
     """Of an encoder: where its embeddings are. None if they are found without."""
     version: str = ""
@@ -396,10 +399,27 @@ class ECItem(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class AwaitedEmbeddings(msgspec.Struct, kw_only=True, frozen=True):
-    """What an instance that reads embeddings answers to GET AWAITED_PATH, at the time of the question."""
+    """What an instance that reads embeddings answers to GET AWAITED_PATH, at the time of the question, and to LOST_PATH."""
 
     identifiers: list[str] = []
     """Embeddings that prompts need next and that are neither in the instance's memory nor in the store, each once."""
+
+
+MAX_PUBLISHED = 1024
+
+
+class LossQuestion(msgspec.Struct, kw_only=True, frozen=True):
+    """Body of POST LOST_PATH, which is answered with AwaitedEmbeddings as soon as some of those named are awaited.
+
+    It is answered with none when the time is over, when the asker asks again, and when the instance ends.
+    """
+
+    asker: Name = ""
+    """Names who asks, by a random word of its own. Each has one question at a time."""
+    published: Annotated[list[Identifier], msgspec.Meta(max_length=MAX_PUBLISHED)] = []
+    """Embeddings that were published before the question."""
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.0
+    """How long it may wait."""
 
 
 MAX_PLACES = 1024

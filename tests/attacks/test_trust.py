@@ -20,7 +20,7 @@ from chiasm.fleet_key import FleetKey, Handshake, Side, make_fleet_key, make_non
 from chiasm.kv_transfer.messages import PROTOCOL_VERSION
 from chiasm.media import identifier
 from chiasm.transfer.greeting import Challenge, Hello, Unwelcome
-from chiasm.wire import AWAITED_PATH, KV_RELEASE_PATH, PLACES_PATH, Role
+from chiasm.wire import AWAITED_PATH, KV_RELEASE_PATH, LOST_PATH, PLACES_PATH, Role
 from tests.fleet import Signed
 from tests.integration.conftest import Service, chat, checkpoint, run, sample_image
 from tests.launch.waiting import eventually
@@ -116,7 +116,7 @@ def test_a_stranger_cannot_have_one_image_answer_as_another(service: Service) ->
     assert httpx.post(url, json=body, auth=service.signed, timeout=60).status_code == 200
 
 
-@pytest.mark.parametrize("path", [AWAITED_PATH, PLACES_PATH])
+@pytest.mark.parametrize("path", [AWAITED_PATH, LOST_PATH, PLACES_PATH])
 def test_a_stranger_learns_and_says_nothing_about_embeddings(service: Service, path: str) -> None:
     (prefill,) = service.deployment.urls(Role.PREFILL)
     method = "GET" if path == AWAITED_PATH else "POST"

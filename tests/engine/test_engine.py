@@ -267,6 +267,37 @@ async def test_an_engine_tells_which_embeddings_it_awaits(start: Start, encoder:
     assert await pd.engine.awaited_embeddings() == []
 
 
+async def test_an_engine_tells_by_itself_which_published_embeddings_it_awaits(start: Start, encoder: Encoder) -> None:
+    pd = start(Role.PD)
+    await encoder.encode(A)
+    a, b = (item.identifier for item in pd.request(A, B).prompt.items)
+    asking = asyncio.create_task(pd.engine.lost_embeddings("proxy", [a, b]))
+    losses = pd.engine._embeddings.losses
+    await until(lambda: losses.is_asked)
+    await pd.ask(A, "!")  # which is there
+    assert not asking.done()
+    answer = asyncio.create_task(pd.ask(B, A, "?"))
+    assert await asking == [b]
+    again = asyncio.create_task(pd.engine.lost_embeddings("proxy", [b]))
+    assert await again == [b]  # it is lost still
+    await encoder.encode(B)
+    await answer
+    gone = asyncio.create_task(pd.engine.lost_embeddings("proxy", [b]))
+    await until(lambda: losses.is_asked)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    assert not losses.is_asked
+
+
+async def test_an_engine_that_stops_ends_the_questions_that_wait(start: Start) -> None:
+    pd = start(Role.PD)
+    asking = asyncio.create_task(pd.engine.lost_embeddings("proxy", ["a" * 64]))
+    await until(lambda: pd.engine._embeddings.losses.is_asked)
+    await asyncio.to_thread(pd.engine.stop)
+    assert await asking == []
+    assert await pd.engine.lost_embeddings("proxy", ["a" * 64]) == []
+
+
 def connector(name: str, store: Path) -> ECTransferConfig:
     return ECTransferConfig(
         connector=name,

@@ -22,6 +22,7 @@ from chiasm.wire import (
     DRAIN_PATH,
     DRAINING,
     KV_RELEASE_PATH,
+    LOST_PATH,
     PLACES_PATH,
     AwaitedEmbeddings,
     DrainState,
@@ -33,6 +34,7 @@ from chiasm.wire import (
     Health,
     KVRelease,
     KVTransferParams,
+    LossQuestion,
 )
 
 Answering = Callable[..., Awaitable[web.StreamResponse]]
@@ -96,8 +98,16 @@ class FakeInstance:
         self.health_status = 200
         self.health_body: bytes | None = None
         """What /health responds with in place of ``health``."""
-        self.awaited: list[str] | None = []
-        """Embeddings that it says it lacks; None responds like vLLM without chiasm's middleware, with 404."""
+        self._awaited_now: list[str] | None = []
+        self._changed = asyncio.Event()
+        """Set, and replaced, when that changes, and with each question that waits and each call."""
+        self.questions: list[LossQuestion] = []
+        """Those that wait until it lacks one of some embeddings; the health of an instance that takes them should say so."""
+        self.waiting_questions = 0
+        self.mistakes: list[str] = []
+        """Embeddings that it calls lost when such a question names them, although it doesn't lack them."""
+        self.lets_wait = True
+        """Whether such questions wait; otherwise they are answered at once."""
         self.asked = asyncio.Semaphore(0)
         """Released for each question about them."""
         self.awake = asyncio.Event()
@@ -148,6 +158,7 @@ class FakeInstance:
         application.router.add_get("/health", self._health)
         application.router.add_get("/v1/models", self._models)
         application.router.add_get(AWAITED_PATH, self._awaited)
+        application.router.add_post(LOST_PATH, self._lost)
         application.router.add_post(PLACES_PATH, self._places)
         application.router.add_post(KV_RELEASE_PATH, self._release)
         application.router.add_post(DRAIN_PATH, self._drain)
@@ -201,6 +212,46 @@ class FakeInstance:
             return web.Response(status=404)
         return respond(AwaitedEmbeddings(identifiers=self.awaited))
 
+    @property
+    def awaited(self) -> list[str] | None:
+        """Embeddings that it says it lacks; None responds like vLLM without chiasm's middleware, with 404."""
+        return self._awaited_now
+
+    @awaited.setter
+    def awaited(self, identifiers: list[str] | None) -> None:
+        self._awaited_now = identifiers
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Return when something is so that depends on what it awaits, was asked and has received."""
+        async with asyncio.timeout(60):
+            while not is_so():
+                await self._changed.wait()
+
+    async def _lost(self, request: web.Request) -> web.Response:
+        question = msgspec.json.decode(await request.read(), type=LossQuestion)
+        self.questions.append(question)
+        self._change()
+        self.waiting_questions += 1
+        try:
+            while not (
+                lost := [name for name in question.published if name in (*(self.awaited or ()), *self.mistakes)]
+            ):
+                if not (self.lets_wait and question.published) or self._newest_of(question.asker) is not question:
+                    break
+                await self._changed.wait()
+        finally:
+            self.waiting_questions -= 1
+            self._change()
+        return respond(AwaitedEmbeddings(identifiers=lost))
+
+    def _newest_of(self, asker: str) -> LossQuestion:
+        return [question for question in self.questions if question.asker == asker][-1]
+
     async def _places(self, request: web.Request) -> web.Response:
         message = msgspec.json.decode(await request.read(), type=EmbeddingPlaces)
         await self.awake.wait()
@@ -242,6 +293,7 @@ class FakeInstance:
     async def _take(self, request: web.Request) -> web.StreamResponse:
         received = Received(request.path, request.headers, await request.read())
         self.received.append(received)
+        self._change()
         self.arrived.release()
         if self._is_refused(request):
             return web.json_response({"error": "Unauthorized"}, status=401)

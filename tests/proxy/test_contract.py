@@ -5,6 +5,7 @@ A fake that drifts from the real thing, or an instance that changes what it says
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -23,6 +24,7 @@ from chiasm.media import identifier
 from chiasm.wire import (
     CHAT_PATH,
     KV_COMMENT,
+    LOST_PATH,
     PLACES_PATH,
     TIMING_COMMENT,
     ECItem,
@@ -31,6 +33,7 @@ from chiasm.wire import (
     ErrorBody,
     Health,
     KVTransferParams,
+    LossQuestion,
     Role,
 )
 from tests.fleet import FORKS
@@ -225,6 +228,17 @@ async def test_prefill_is_told_where_embeddings_are(instances: Instances) -> Non
     told = EmbeddingPlaces(places={"a" * 64: place}, stored=["b" * 64])
     answer = await instances.send(Role.PREFILL, PLACES_PATH, msgspec.json.encode(told))
     assert (answer.status, answer.body) == (204, b"")
+
+
+async def test_a_question_about_losses_at_prefill_waits_until_its_asker_asks_again(instances: Instances) -> None:
+    question = LossQuestion(asker="proxy", published=["a" * 64], seconds=60)
+    waiting = asyncio.create_task(instances.send(Role.PREFILL, LOST_PATH, msgspec.json.encode(question)))
+    nothing = msgspec.json.encode(LossQuestion(asker="proxy"))
+    async with asyncio.timeout(50):  # the question itself ends later
+        while not waiting.done():  # it may not have arrived yet
+            answer = await instances.send(Role.PREFILL, LOST_PATH, nothing)
+            assert (answer.status, answer.json) == (200, {"identifiers": []})
+    assert ((await waiting).status, (await waiting).json) == (200, {"identifiers": []})
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from chiasm.ec_transfer import ECConnectorStats
+from chiasm.ec_transfer.losses import LossWatch
 from chiasm.engine.base import Engine
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.request import (
@@ -195,6 +196,8 @@ class FakeLanguageEngine(FakeEngine):
         self.script: Script | None = None
         self.requests: list[GenerateRequest] = []
         self.awaited: list[str] = []
+        self.losses = LossWatch(lambda names: [name for name in names if name in self.awaited])
+        """Who waits to be told what is lost; ``note_missing`` says what is wanted."""
         self.expected: queue.SimpleQueue[tuple[dict[str, ECPlace], list[str]]] = queue.SimpleQueue()
         """What it was told about embeddings: where they are or will be, and which are stored."""
         self.given_back: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -202,6 +205,9 @@ class FakeLanguageEngine(FakeEngine):
 
     async def awaited_embeddings(self) -> list[str]:
         return self.awaited
+
+    async def lost_embeddings(self, asker: str, published: Collection[str]) -> list[str]:
+        return await asyncio.wrap_future(self.losses.ask(asker, published))
 
     def expect_embeddings(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None:
         self.expected.put((dict(places), list(stored)))

@@ -11,7 +11,7 @@ import pytest
 
 from chiasm.http.timing import read_timing
 from chiasm.integrations.vllm.messages import WAITS
-from chiasm.wire import AWAITED_PATH, Load
+from chiasm.wire import AWAITED_PATH, LOST_PATH, Load
 
 from .processes import CALL_SECONDS, Server
 from .wire import chat, embeds_part, encode, image_bytes, image_part, name_of, published
@@ -146,6 +146,29 @@ def test_an_entry_of_another_size_is_removed_and_fails_its_request_if_it_comes_a
         encode(encoder, data)
         assert answer.result().status_code == 503
     assert pd.post(chat(embeds_part(name, metadata), QUESTION)).status_code == 200
+
+
+def test_a_question_waits_in_the_engine_until_an_embedding_is_lost(
+    encoder: Server, pd: Server, aggregated: Server
+) -> None:
+    data = image_bytes(31)
+    name = name_of(data)
+
+    def lost(*published: str) -> object:
+        question = {"asker": "proxy", "published": published, "seconds": 60}
+        return httpx.post(f"{pd.url}{LOST_PATH}", json=question, timeout=CALL_SECONDS).json()["identifiers"]
+
+    with ThreadPoolExecutor() as pool:
+        told = pool.submit(lost, name)
+        answer = pool.submit(pd.answer, chat(sized(data), QUESTION))
+        assert told.result() == [name]
+        assert lost(name) == [name]  # it is lost still
+        encode(encoder, data)
+        assert answer.result() == aggregated.answer(chat(image_part(data), QUESTION))
+        told = pool.submit(lost, name)
+        while not told.done():  # the question may not have arrived yet
+            assert lost() == []
+        assert told.result() == []
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "nul\0", "x" * 10_000, "A" * 64])

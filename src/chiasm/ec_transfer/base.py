@@ -337,7 +337,8 @@ class ECConnector(ABC):
     def is_coming(self, identifier: str) -> bool:
         """Whether a wanted entry is here or on its way, as of some moment after the call.
 
-        If not, it is awaited: the proxy is told when it asks, and has the item encoded again if it was published before.
+        If not, it is awaited: the proxy is told when it asks, or at once if a question of it waits for that, and has the item
+        encoded again if it was published before.
         Called from any thread but the one that schedules, so it may look into a store. A connector whose ``has_cache_item``
         must not be called from there overrides it. Raises InvalidRequestError for a malformed identifier.
         """

@@ -23,13 +23,14 @@ class _Awaited:
 class Lookout:
     """Calls ``look`` in a thread of its own, again and again, with the awaited names whose turn it is.
 
-    A name is looked for at once, then twice a millisecond, and less often the longer it has been awaited, until it is removed.
+    A name is looked for at once, then after ``min_seconds`` and less often the longer it is awaited, until it is removed.
     The methods may be called from any thread, and from ``look``.
     """
 
-    def __init__(self, look: Callable[[Sequence[str]], bool], *, name: str) -> None:
+    def __init__(self, look: Callable[[Sequence[str]], bool], *, name: str, min_seconds: float = MIN_SECONDS) -> None:
         """``look`` returns whether it found anything, and raises nothing. ``name`` is the thread's."""
         self._look = look
+        self._min_seconds = min_seconds
         self._changed = threading.Condition()
         self._awaited: dict[str, _Awaited] = {}
         self._stopping = False
@@ -65,7 +66,7 @@ class Lookout:
                 for name in due:
                     awaited = self._awaited.get(name)
                     if awaited is not None:
-                        awaited.due = ended + min(max(SHARE * (ended - awaited.since), MIN_SECONDS), MAX_SECONDS)
+                        awaited.due = ended + min(max(SHARE * (ended - awaited.since), self._min_seconds), MAX_SECONDS)
                 if not found:
                     self._changed.wait_for(lambda: self._stopping, (ended - started) * (1 / MAX_BUSY_SHARE - 1))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector
 from chiasm.ec_transfer.faults import connector_error, expect, not_coming
+from chiasm.ec_transfer.losses import LossWatch
 from chiasm.ec_transfer.size_check import check_received_size
 from chiasm.engine.asking import Asking
 from chiasm.engine.local_encoder import LocalEncoder
@@ -78,6 +79,8 @@ class Embeddings:
         self._worker_role = connectors[1] if connectors is not None else None
         self._max_received_bytes = connectors[0].max_received_bytes if connectors is not None else None
         self._encoder = encoder
+        self.losses = LossWatch(self.not_coming)
+        """Who waits to be told what is lost."""
         self._unasked: list[RequestState] = []
         """Requests that have come since the connector was last asked."""
         self._asking = Asking()
@@ -99,6 +102,7 @@ class Embeddings:
 
     def stop(self) -> None:
         """Shut the connector down, or end the encoder."""
+        self.losses.stop()
         if self._encoder is not None:
             self._encoder.stop()
         for connector in (self._scheduler_role, self._worker_role):

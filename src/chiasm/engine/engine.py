@@ -223,6 +223,21 @@ class LanguageEngine(Engine):
         still_missing = set(await self._missing_embeddings())  # what came meanwhile isn't on its way any more either
         return [identifier for identifier in awaited if identifier in still_missing]
 
+    async def lost_embeddings(self, asker: str, published: Collection[str]) -> list[str]:
+        """Return which of these embeddings prompts need next that are neither in memory nor on their way, once there are any.
+
+        Returns nothing when the same asker asks again, or the engine stops. What it returns may have come meanwhile; only
+        ``awaited_embeddings`` is sure. Cancelling it ends the question.
+        """
+        if not self.healthy:
+            return []
+        told = asyncio.wrap_future(self._embeddings.losses.ask(asker, published))
+        try:
+            await self._missing_embeddings()  # the engine's thread notes them
+            return await told
+        finally:
+            told.cancel()
+
     async def _missing_embeddings(self) -> list[str]:
         if not self.healthy:
             return []

@@ -84,7 +84,7 @@ class StepLoop:
         self._questions: list[Question] = []
         self._arrivals = itertools.count()
         self._next_deadline_check = 0.0
-        self._stalls_measured_at = -1
+        self._stalls_measured_at = self._told_at = -1
         self._decode_seconds, self._decoded_at = 0.0, -math.inf
         """How long the last step that only decoded took, and when it ended."""
 
@@ -203,10 +203,14 @@ class StepLoop:
                 self._forget(state)
 
     def _answer_questions(self) -> None:
-        if not self._questions:
+        """Say what is wanted and not in memory: to whom has asked, and if it may have changed to who waits for losses."""
+        losses, changes = self._embeddings.losses, self._scheduler.items.changes
+        if not self._questions and not (losses.is_asked and changes != self._told_at):
             return
+        self._told_at = changes
         questions, self._questions = self._questions, []
         missing = self._embeddings.missing()
+        losses.note_missing(missing)
         for loop, answer in questions:
             with suppress(RuntimeError):  # the event loop was closed
                 loop.call_soon_threadsafe(_settle, answer, missing)

@@ -95,8 +95,7 @@ class Job:
         """What the request asks for, as placement sees it."""
         self.due = exchange.arrival
         """When its images are due, on the clock of ``time.monotonic``."""
-        self.instance: Instance | None = None
-        """The language instance that needs its embeddings; None if it isn't chosen before they are encoded."""
+        self._instance: Instance | None = None
         self.published_at: Mapping[str, float] = {}
         """When each embedding was there, by identifier; until all are, only of those that the shared cache had. On the clock of
         ``time.monotonic``."""
@@ -110,7 +109,7 @@ class Job:
         self.embeddings_are_read = False
         """Whether the answer has begun: the instance has all embeddings."""
         self.news_of_embeddings = asyncio.Event()
-        """Set when they are read, and when the instance has said that it lacks some."""
+        """Set when they are read, when the instance has said that it lacks some, and when another one takes its place."""
         self.original: Original | None = None
         """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
@@ -119,6 +118,17 @@ class Job:
         self._trace_headers = {} if trail.trace is None else trail.trace.headers()
         self._encoder_calls = 0
         self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
+
+    @property
+    def instance(self) -> Instance | None:
+        """The language instance that needs its embeddings; None if it isn't chosen before they are encoded."""
+        return self._instance
+
+    @instance.setter
+    def instance(self, instance: Instance) -> None:
+        if self._instance is not None and instance is not self._instance:
+            self.news_of_embeddings.set()  # the other one may lack them
+        self._instance = instance
 
     def note_instance(self, instance: Instance) -> None:
         """Note for the log that an instance has worked for it: by its address."""

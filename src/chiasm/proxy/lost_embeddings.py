@@ -2,8 +2,9 @@
 
 They may be evicted, because more is published than the store or the encoder's memory holds, or removed, because the file is
 damaged; the encoder that has them may be gone, or the instance couldn't be told which it is. The instance goes on waiting for
-them, keeps the request's place, and tells the proxy when it is asked; the proxy says that they are in the fleet's shared cache,
-if they are there, and otherwise has them encoded again.
+them, keeps the request's place, and tells the proxy when it is asked: as soon as it has news, which
+:mod:`chiasm.proxy.loss_news` brings, or at intervals. The proxy says that they are in the fleet's shared cache, if they are
+there, and otherwise has them encoded again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from chiasm.errors import Code, EmbeddingUnavailableError
 from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.job import Job
+from chiasm.proxy.loss_news import LossNews
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
@@ -33,6 +35,10 @@ from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 0.5
+_GROWTH = 2
+"""By how much a wait is longer than the one before."""
+_LONGEST_WAIT_FOR_NEWS_SECONDS = 5.0
+"""The same while the instance says by itself when something is lost."""
 _SHARED_SECONDS = 0.1
 """An answer that is younger is used again by other requests. Those that wait for what was freed, as streams do to their end,
 use it for longer."""
@@ -78,11 +84,13 @@ class LostEmbeddings:
         self._upstream = upstream
         self._metrics = metrics
         self._timeout_seconds = timeout_seconds
+        self._news = LossNews(upstream, timeout_seconds=timeout_seconds)
         self._watching: dict[str, set[Job]] = {}
         """Jobs by the identifiers of their embeddings."""
         self._questions: WeakKeyDictionary[Instance, _Question] = WeakKeyDictionary()
 
     async def close(self) -> None:
+        await self._news.close()
         tasks = [question.task for question in self._questions.values()]
         for task in tasks:
             task.cancel()
@@ -101,6 +109,7 @@ class LostEmbeddings:
         try:
             await (self._recover(items, job) if items else self._wait_for_freed(job))
         finally:
+            self._news.forget(job)
             for name in names:
                 self._watching[name].discard(job)
                 if not self._watching[name]:
@@ -114,8 +123,10 @@ class LostEmbeddings:
             lost = await self._lost(job)
             if not lost:
                 before, in_vain = lost, 0
-                seconds = min(2 * seconds, _LONGEST_WAIT_SECONDS)
+                is_told = self._news.listen(job)
+                seconds = min(_GROWTH * seconds, _LONGEST_WAIT_FOR_NEWS_SECONDS if is_told else _LONGEST_WAIT_SECONDS)
                 continue
+            self._news.forget(job)  # there is nothing to hear until they have been published again
             self._metrics.embeddings_lost.inc(len(lost))
             # Fewer than before: the instance gets on, however small the store is.
             in_vain = in_vain + 1 if before <= lost else 1
@@ -159,9 +170,8 @@ class LostEmbeddings:
         """Return which embeddings of the request were published and are awaited all the same."""
         if job.instance is None or job.instance.is_silent:
             return frozenset()
-        asked_at, awaited = await self._ask(
-            job.instance, after=max(job.published_at.values(), default=0.0), shared_seconds=shared_seconds
-        )
+        after = max((self._news.told_at(job.instance), *job.published_at.values()))
+        asked_at, awaited = await self._ask(job.instance, after=after, shared_seconds=shared_seconds)
         return frozenset(name for name, at in job.published_at.items() if name in awaited and at < asked_at)
 
     async def _ask(self, instance: Instance, *, after: float, shared_seconds: float) -> _Answer:

@@ -274,9 +274,14 @@ class Upstream:
         clock, client = self.line(instance_url).clock_milliseconds, headers.get(CLIENT_HEADER, "")
         return {**headers, **signature(key, method, path, digest, clock_milliseconds=clock, client=client)}
 
-    async def post(self, instance_url: str, path: str, body: bytes, headers: Mapping[str, str]) -> Call:
-        """Send a JSON body and wait for the head of the response. Raises InstanceLostError."""
-        line = self.line(instance_url)
+    async def post(
+        self, instance_url: str, path: str, body: bytes, headers: Mapping[str, str], *, line: Line | None = None
+    ) -> Call:
+        """Send a JSON body and wait for the head of the response. Raises InstanceLostError.
+
+        It counts as work of the instance unless another ``line`` is given.
+        """
+        line = self.line(instance_url) if line is None else line
         signed = await self.signed(instance_url, "POST", path, body, headers)
         try:
             async with asyncio.timeout(None) as limit:

@@ -5,7 +5,8 @@
 ``tools``, ``json_schema`` and ``structured_output`` (what the answer must look like), ``images`` and ``prompt`` (what the
 engine reads), ``sampling``, ``generation`` (the engine's outputs), ``answer`` (one body or a stream), ``answer_format`` (its
 JSON), and ``tool_answer`` with ``tool_calls`` (the same with calls of tools). On an encoder, ``encode`` does all of it.
-``status`` and ``metrics`` are the other endpoints. ``joining`` keeps the instance in the fleets of its proxies, under the URL
+``status`` and ``metrics`` are the other endpoints; the proxy says with ``places`` where embeddings are, and hears from
+``losses`` which are lost. ``joining`` keeps the instance in the fleets of its proxies, under the URL
 that ``advertise`` finds, and ``drain`` takes it down.
 """
 

@@ -27,6 +27,7 @@ from chiasm.server.config import ServerConfig
 from chiasm.server.context import ServerContext
 from chiasm.server.drain import drain
 from chiasm.server.kv_release import release_kv
+from chiasm.server.losses import tell_lost
 from chiasm.server.places import note_places
 from chiasm.server.status import Status
 from chiasm.wire import (
@@ -35,6 +36,7 @@ from chiasm.wire import (
     COMPLETIONS_PATH,
     DRAIN_PATH,
     KV_RELEASE_PATH,
+    LOST_PATH,
     OTHER_PATHS,
     PLACES_PATH,
 )
@@ -71,6 +73,7 @@ def app_of(context: ServerContext) -> Starlette:
             Route("/livez", live),
             Route("/readyz", status.ready),
             Route(AWAITED_PATH, status.awaited),
+            Route(LOST_PATH, partial(tell_lost, context), methods=["POST"]),
             Route(DRAIN_PATH, partial(drain, context), methods=["POST"]),
             Route(PLACES_PATH, partial(note_places, context), methods=["POST"]),
             Route(KV_RELEASE_PATH, partial(release_kv, context), methods=["POST"]),

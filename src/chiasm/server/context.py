@@ -51,6 +51,8 @@ class GeneratingEngine(Protocol):
 
     async def awaited_embeddings(self) -> list[str]: ...
 
+    async def lost_embeddings(self, asker: str, published: Collection[str]) -> list[str]: ...
+
     def expect_embeddings(self, places: Mapping[str, ECPlace], stored: Collection[str]) -> None: ...
 
     def give_back_kv(self, leases: Collection[str]) -> None: ...
@@ -90,6 +92,8 @@ class ServerContext:
         """Where proxies reach it, if it joins any."""
         self.is_draining = False
         """Whether it is about to end."""
+        self.drains = asyncio.Event()
+        """Set when it is told to; ends what waits for nothing but news."""
         self.on_drain: Callable[[], None] = self.drain
         """Ends the server when nothing is left to do."""
         self._refuses_new = False
@@ -146,6 +150,7 @@ class ServerContext:
         if self.is_draining:
             return
         self.is_draining = True
+        self.drains.set()
         if self.joiner is None:
             self._refuses_new = True
         else:

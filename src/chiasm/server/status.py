@@ -120,8 +120,8 @@ class Status:
             device_id=engine.device_id,
             costs=engine.costs,
         )
-        if engine.config.ec is not None and engine.config.ec.store and engine.config.role in (Role.PD, Role.PREFILL):
-            health = msgspec.structs.replace(health, reads_stored=True)
+        if engine.config.ec is not None and engine.config.role in (Role.PD, Role.PREFILL):
+            health = msgspec.structs.replace(health, tells_lost=True, reads_stored=bool(engine.config.ec.store))
         if engine.config.kv is None:
             return health
         stats = engine.stats()

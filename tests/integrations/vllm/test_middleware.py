@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm import __version__, checkpoints
+from chiasm.ec_transfer.losses import LossWatch
 from chiasm.errors import Code
 from chiasm.fleet_key import FleetKey, make_fleet_key
 from chiasm.http.fleet_calls import body_digest, signature
@@ -27,6 +29,7 @@ from chiasm.integrations.vllm.messages import (
     AWAITED_METHOD,
     EXPECT_METHOD,
     LOAD_METHOD,
+    LOST_METHOD,
     MISSING_METHOD,
     PLACE_METHOD,
     Exchange,
@@ -38,6 +41,7 @@ from chiasm.wire import (
     AWAITED_PATH,
     CHAT_PATH,
     COMPLETIONS_PATH,
+    LOST_PATH,
     PLACES_PATH,
     ECPlace,
     EmbeddingPlaces,
@@ -104,7 +108,9 @@ class Server:
         encoding: bytes | None = None,
         peer: str = "127.0.0.1",
         signed: Mapping[str, str] = MappingProxyType({}),
+        leaves: bool = True,
     ) -> Answer:
+        """``leaves``: whether the client closes its connection when it has sent everything."""
         headers = [(b"host", b"here"), (b"x-own", b"1")]
         headers += [(name.encode(), value.encode()) for name, value in signed.items()]
         if encoding is not None:
@@ -126,6 +132,8 @@ class Server:
         sent: list[Message] = []
 
         async def receive() -> Message:
+            if not left and not leaves:
+                await asyncio.Event().wait()
             return left.pop(0) if left else {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
@@ -162,7 +170,7 @@ def config(ec: str | None = None, kv: str | None = None, store: Path | None = No
         kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector", kv_role=kv) if kv else None,
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         device_config=SimpleNamespace(device_type="cpu"),
-        parallel_config=SimpleNamespace(world_size=2),
+        parallel_config=SimpleNamespace(world_size=2, data_parallel_size=1),
         model_config=SimpleNamespace(
             **{
                 "model": str(CHECKPOINT),
@@ -216,6 +224,7 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
         dtype="float32",
         ec_store=(store / "store-id").read_text(),
         ec_connector="SharedStorageConnector",
+        tells_lost=True,
         version=__version__,
         engine="vllm 0.32.0",
         max_model_len=2048,
@@ -636,6 +645,87 @@ async def test_what_came_while_the_connector_was_asked_is_not_awaited(store: Pat
     server.app.state.engine_client = SimpleNamespace(engine_core=core)
     core.missing = [["a" * 64], ["a" * 64]]
     assert (await server.call("GET", AWAITED_PATH)).json == {"identifiers": ["a" * 64]}
+
+
+class Telling(Core):
+    """One engine, at which questions wait until they are answered."""
+
+    def __init__(self) -> None:
+        super().__init__(Exchange())
+        self.losses = LossWatch(lambda names: [name for name in names if name == "b" * 64])
+        self.questions: asyncio.Queue[list[str]] = asyncio.Queue()
+
+    async def call_utility_all_async(self, method: str, *arguments: str) -> list[Any]:
+        if method != LOST_METHOD:
+            return await super().call_utility_all_async(method, *arguments)
+        asker, published = arguments
+        names = json.loads(published)
+        told = self.losses.ask(asker, names)
+        self.questions.put_nowait(names)
+        return [await asyncio.wrap_future(told)]
+
+
+def question(*published: str, seconds: float = 60) -> bytes:
+    return json.dumps({"asker": "proxy", "published": published, "seconds": seconds}).encode()
+
+
+async def test_a_question_waits_at_the_engine_until_an_embedding_is_lost() -> None:
+    core = Telling()
+    server = served("ec_consumer", core)
+    asking = asyncio.create_task(server.call("POST", LOST_PATH, question("a" * 64, "b" * 64), leaves=False))
+    assert await core.questions.get() == ["a" * 64, "b" * 64]
+    core.losses.note_missing(["b" * 64])
+    assert (await asking).json == {"identifiers": ["b" * 64]}
+
+
+async def test_a_question_whose_time_is_over_ends_at_the_engine() -> None:
+    core = Telling()
+    answer = await served("ec_consumer", core).call("POST", LOST_PATH, question("a" * 64, seconds=0.01), leaves=False)
+    assert answer.json == {"identifiers": []}
+    assert not core.losses.is_asked
+
+
+async def test_a_question_whose_client_leaves_ends_at_the_engine() -> None:
+    core = Telling()
+    await served("ec_consumer", core).call("POST", LOST_PATH, question("a" * 64))
+    assert not core.losses.is_asked
+    # Which it may have reached before it was ended, or not at all.
+    assert core.questions.empty() or core.questions.get_nowait() == ["a" * 64]
+
+
+async def test_a_question_ends_when_the_server_is_asked_to_end() -> None:
+    core = Telling()
+    server = served("ec_consumer", core)
+    asking = asyncio.create_task(server.call("POST", LOST_PATH, question("a" * 64), leaves=False))
+    await core.questions.get()
+    server.middleware._end.asked.set()
+    assert (await asking).json == {"identifiers": []}
+    assert not core.losses.is_asked
+
+
+async def test_a_question_ends_when_the_same_proxy_asks_again() -> None:
+    core = Telling()
+    server = served("ec_consumer", core)
+    asking = asyncio.create_task(server.call("POST", LOST_PATH, question("a" * 64), leaves=False))
+    await core.questions.get()
+    assert (await server.call("POST", LOST_PATH, question(), leaves=False)).json == {"identifiers": []}
+    assert (await asking).json == {"identifiers": []}
+
+
+async def test_a_question_that_cannot_be_read_is_refused() -> None:
+    core = Telling()
+    server = served("ec_consumer", core)
+    for body in (b"{", question("../../a"), question(seconds=1000)):
+        assert (await server.call("POST", LOST_PATH, body)).status == 400
+    answer = await server.call("POST", LOST_PATH, question(), peer="192.0.2.1")
+    assert answer.json["error"]["code"] == Code.FLEET_KEY_NEEDED
+    assert core.questions.empty()
+
+
+async def test_of_several_engines_no_question_waits() -> None:
+    server = served("ec_consumer", Telling())
+    server.app.state.vllm_config.parallel_config.data_parallel_size = 2
+    assert "tells_lost" not in (await server.call("GET", "/health")).json
 
 
 async def test_without_chiasms_connector_the_question_goes_to_vllm() -> None:

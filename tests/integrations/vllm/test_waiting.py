@@ -284,6 +284,29 @@ def test_what_requests_wait_for_and_the_store_lacks_is_awaited(encoder: Encoder,
     assert pd.awaited() == []  # it is in memory
 
 
+def test_a_question_waits_until_a_published_embedding_is_lost(encoder: Encoder, pd: Engine) -> None:
+    names = [identifier_of("a"), identifier_of("b")]
+    path = encoder.publish("a")
+    told = pd.scheduler.lost("proxy", names)
+    first = request(("a", 2), of="first")
+    assert pd.step(first).tokens.keys() == {"first"}
+    pd.finish(first)
+    path.unlink()
+    assert not told.done()  # nobody needs it any more
+    pd.step(request(("b", 2), of="second"))
+    assert told.result(60) == names[1:]
+    assert pd.scheduler.lost("proxy", names).result(60) == names[1:]  # which it is still
+
+
+def test_a_question_waits_for_an_item_before_which_prefill_stops(encoder: Encoder, folder: Path) -> None:
+    pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=4))
+    told = pd.scheduler.lost("proxy", [identifier_of("a")])
+    one = request(("a", 10))
+    pd.step(one)
+    pd.step(one)
+    assert told.result(60) == [identifier_of("a")]
+
+
 def test_an_item_before_which_prefill_has_stopped_is_awaited(encoder: Encoder, folder: Path) -> None:
     pd = Engine(folder, ECTransferRole.CONSUMER, Reach(WINDOW, max_ahead=1, min_tokens=4))
     one = request(("a", 10))

@@ -6,9 +6,9 @@
 - *What to do while every request waits for an embedding?* By itself vLLM runs one round per millisecond, through scheduler,
   workers and statistics, which takes most of a core. Here it sleeps until the connector says that an embedding has arrived or
   was lost, or a client sends something.
-- *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited, how they
-  are exchanged and which others have yet to fetch, and says where they are, by vLLM's way of calling a method of the engine by
-  its name.
+- *What does vLLM's HTTP server say?* The middleware, which runs in another process, asks which embeddings are awaited or lost,
+  how they are exchanged and which others have yet to fetch, and says where they are, by vLLM's way of calling a method of the
+  engine by its name.
 - *How long has a request waited for embeddings?* The connector can add that to a request's last output. A stream is told with
   the first, so it is added to what the scheduler hands out.
 """
@@ -32,6 +32,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.messages import (
     AWAITED_METHOD,
     EXPECT_METHOD,
+    LOST_METHOD,
     MISSING_METHOD,
     PLACE_METHOD,
     UNFETCHED_METHOD,
@@ -77,6 +78,16 @@ def _awaited(engine: Any) -> Future[list[str]]:
     return _asking().submit(lambda: half.not_coming(missing) if half is not None else [])
 
 
+def _lost(engine: Any, asker: str, published: str) -> Future[list[str]]:
+    """Return which of these embeddings are lost, once some are, given the JSON of their names."""
+    half, names = _half_of(engine.scheduler), msgspec.json.decode(published, type=list[str])
+    if half is not None:
+        return half.lost(asker, names)
+    told: Future[list[str]] = Future()
+    told.set_result([])
+    return told
+
+
 def _expect(engine: Any, told: str) -> None:
     """Note where embeddings are, given the JSON of EmbeddingPlaces, which the middleware has checked."""
     half = _half_of(engine.scheduler)
@@ -105,6 +116,7 @@ def _want_waits(engine: Any) -> None:
 
 _METHODS: dict[str, Callable[..., Any]] = {
     AWAITED_METHOD: _awaited,
+    LOST_METHOD: _lost,
     MISSING_METHOD: _missing,
     EXPECT_METHOD: _expect,
     PLACE_METHOD: _exchange,

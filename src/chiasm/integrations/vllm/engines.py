@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from typing import Any
 
-from chiasm.integrations.vllm.messages import AWAITED_METHOD, MISSING_METHOD, UNFETCHED_METHOD
+import msgspec
+
+from chiasm.integrations.vllm.messages import AWAITED_METHOD, LOST_METHOD, MISSING_METHOD, UNFETCHED_METHOD
 from chiasm.integrations.vllm.settings import settings_of
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +36,26 @@ async def awaited_embeddings(state: Any) -> list[str]:
     missing = await ask_engines(state, MISSING_METHOD)  # what came meanwhile isn't on its way any more either
     named = ({*names}.intersection(still) for names, still in zip(awaited, missing, strict=True))
     return sorted(frozenset().union(*named))
+
+
+async def lost_embeddings(state: Any, asker: str, published: Collection[str]) -> list[str]:
+    """Return which of these embeddings requests need next that are neither in memory nor on their way, once there are any.
+
+    For an instance with one engine: of several, the one that has nothing to say would hold back the others. Cancelling it ends
+    the question at the engine, for which vLLM has no way of its own.
+    """
+    asking = asyncio.ensure_future(ask_engines(state, LOST_METHOD, asker, _json(published)))
+    try:
+        (lost,) = await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        await ask_engines(state, LOST_METHOD, asker, _json(()))
+        await asking
+        raise
+    return list(lost)
+
+
+def _json(names: Collection[str]) -> str:
+    return msgspec.json.encode(list(names)).decode()
 
 
 def has_several_servers(state: Any) -> bool:

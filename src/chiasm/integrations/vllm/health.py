@@ -90,6 +90,8 @@ def describe(state: Any, exchanges: Collection[Exchange], *, resolves_stand_ins:
         ec_connector=settings.connector if settings is not None else "",
         ec_place=exchange.place,
         reads_stored=settings is not None and bool(store_url()) and role in (Role.PD, Role.PREFILL),
+        # The connector of a decode instance reads, too.
+        tells_lost=settings is not None and role is not Role.ENCODER and config.parallel_config.data_parallel_size == 1,
         version=__version__,
         engine=f"vllm {sys.modules['vllm'].__version__}",
         needs_key=any(vars(arguments).get("api_key") or [os.environ.get("VLLM_API_KEY")]),

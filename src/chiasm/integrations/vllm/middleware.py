@@ -30,7 +30,7 @@ from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion, other_for_vllm
-from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings
+from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings, lost_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
@@ -38,6 +38,7 @@ from chiasm.integrations.vllm.named_images import note_named, resolve_stand_ins
 from chiasm.integrations.vllm.shutdown import ServerEnd
 from chiasm.integrations.vllm.stages import Stages
 from chiasm.server.config import ServerConfig
+from chiasm.server.losses import MAX_QUESTION_BYTES, read_question, until_told
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
 from chiasm.wire import (
     AWAITED_PATH,
@@ -46,6 +47,7 @@ from chiasm.wire import (
     DRAIN_PATH,
     DRAINING,
     IMAGE_PATHS,
+    LOST_PATH,
     PLACES_PATH,
     AwaitedEmbeddings,
     DrainState,
@@ -58,7 +60,7 @@ _NO_EMBEDDING = EmbeddingUnavailableError(
     "instance says which."
 )
 _MAX_ORDER_BYTES = 16 << 10
-_WHILE_ENDING = (PLACES_PATH, DRAIN_PATH)
+_WHILE_ENDING = (PLACES_PATH, DRAIN_PATH, LOST_PATH)
 """What is asked of a server that takes no new requests, too."""
 _HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
 _T = TypeVar("_T")
@@ -117,6 +119,8 @@ class ChiasmMiddleware:
             await self._drain(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
             await self._awaited(scope, receive, send)
+        elif (method, path) == ("POST", LOST_PATH) and (await self._described(scope)).health.tells_lost:
+            await self._lost(scope, receive, send)
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
             await self._expect(scope, receive, send)
         elif (method, path) == ("POST", CHAT_PATH):
@@ -212,6 +216,21 @@ class ChiasmMiddleware:
             return
         awaited = await awaited_embeddings(scope["app"].state)
         await json_response(AwaitedEmbeddings(identifiers=awaited))(scope, receive, send)
+
+    async def _lost(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer when some embeddings are lost, at the end of the time, or when the server is asked to end."""
+        incoming = Incoming(receive)
+        try:
+            check_fleet(caller_of(scope), "What embeddings are lost")
+            question = read_question(await read_body(incoming, Headers(scope=scope), MAX_QUESTION_BYTES))
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        told = lost_embeddings(scope["app"].state, question.asker, question.published)
+        lost = await until_told(told, question.seconds, receive=incoming, ends=self._end.asked)
+        await json_response(AwaitedEmbeddings(identifiers=lost))(scope, receive, send)
 
     async def _expect(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell all engines where embeddings are or will be. Waits for the end of a step."""

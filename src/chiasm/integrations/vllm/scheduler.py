@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from chiasm.connectors.faults import log_failure, logged
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, check_identifier
 from chiasm.ec_transfer.faults import expect, not_coming
+from chiasm.ec_transfer.losses import LossWatch
 from chiasm.ec_transfer.size_check import check_received_size
 from chiasm.ec_transfer.stores.reader import StoreReads
 from chiasm.errors import InvalidRequestError
@@ -116,6 +118,7 @@ class SchedulerHalf:
         """The request that vLLM looked at last in this step."""
         self._pinned: deque[tuple[int, ECConnectorMetadata]] = deque(maxlen=_MAX_PINNED_STEPS)
         """Keeps what steps under way load."""
+        self._losses = LossWatch(self.not_coming)
         self._has_arrivals = False
         self.on_arrival: Callable[[], None] = lambda: None
         """Called from any thread when a wanted embedding has arrived or was lost; ends the engine's sleep."""
@@ -127,7 +130,8 @@ class SchedulerHalf:
         self._attached = memory
 
     def shutdown(self) -> None:
-        """Release the copies and the counters; idempotent."""
+        """End what waits, and release the copies and the counters; idempotent."""
+        self._losses.stop()
         self._pinned.clear()
         self._counters.close()
 
@@ -228,6 +232,8 @@ class SchedulerHalf:
             for identifier, state in items.items()
             if state.content is not Content.EMBEDDING and self._memory.holds(identifier)
         }
+        if self._losses.is_asked:
+            self._losses.note_missing(self.missing())
         self._spoiled.advance(num_scheduled_tokens)
         self._step += 1
         self._current = None
@@ -313,6 +319,15 @@ class SchedulerHalf:
     def not_coming(self, missing: Iterable[str]) -> list[str]:
         """Return those of what is missing that the connector neither has nor is about to get. Any thread but the engine's."""
         return not_coming(self._store, missing)
+
+    def lost(self, asker: str, published: Collection[str]) -> Future[list[str]]:
+        """Return which of these embeddings requests need next that are missing and not coming, once some are.
+
+        It has no names if the asker asks again or the engine ends before that.
+        """
+        told = self._losses.ask(asker, published)
+        self._losses.note_missing(self.missing())
+        return told
 
     def expect(self, told: EmbeddingPlaces) -> None:
         """Tell the connector where embeddings are or will be."""

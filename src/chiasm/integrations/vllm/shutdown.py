@@ -34,6 +34,8 @@ class ServerEnd:
         self._state: Any = None
         self._ending: asyncio.Task[None] | None = None
         self._refuses_new = False
+        self.asked = asyncio.Event()
+        """Set when the server is asked to end; ends what waits for nothing but news."""
         self.tell: Callable[[], Awaitable[None]] = _nobody
         """Tells the proxies that it ends; until then, it takes what they send."""
         self.leave: Callable[[], Awaitable[None]] = _nobody
@@ -88,11 +90,13 @@ class ServerEnd:
         """End when nothing runs any more and others have fetched what they need, however long that takes."""
         assert self._shutdown is not None
         self._shutdown.drain()
+        self.asked.set()
         self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown))
 
     def _ask(self) -> None:
         assert self._shutdown is not None
         self._shutdown.ask()
+        self.asked.set()
         self._ending = self._ending or asyncio.ensure_future(self._end(self._shutdown))
 
     async def _end(self, shutdown: Shutdown) -> None:
