@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -241,10 +242,20 @@ async def test_an_error_when_a_request_has_ended_costs_nothing(
 async def test_a_cancelled_request_that_cannot_be_dropped_holds_its_blocks_until_its_load_has_ended(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A load that has not begun would end with the lease, since the prefill instance isn't told either."""
     request = to_decode(pair, await pair.begin(*HIT), *HIT, max_tokens=200)
     break_for(monkeypatch, pair.decode, request, "drop")
+    scheduler_role, _ = roles(pair.decode)
+    begin, begun = scheduler_role.update_state_after_alloc, threading.Event()
+
+    def note(*given: Any) -> None:
+        begin(*given)
+        begun.set()
+
+    monkeypatch.setattr(scheduler_role, "update_state_after_alloc", note)
     outputs = pair.decode.engine.generate(request)
     await anext(outputs)
+    await until(begun.is_set)
     await outputs.aclose()
     await pair.ask(*SPARED)
     await until(pair.is_empty)
