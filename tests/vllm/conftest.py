@@ -150,6 +150,7 @@ def other_pd(shared_instances: SharedInstances) -> Server:
 
 @pytest.fixture(scope="session")
 def prefill_decode(shared_instances: SharedInstances) -> tuple[Server, Server]:
-    """A prefill and a decode instance of vLLM on ``store``; the last test of test_identity.py kills the first."""
+    """A prefill and a decode instance of vLLM on ``store``; the last test of test_identity.py kills the first, so no file after it
+    can use them."""
     prefill, decode = shared_instances.get("prefill_decode")
     return prefill, decode
