@@ -150,7 +150,6 @@ def other_pd(shared_instances: SharedInstances) -> Server:
 
 @pytest.fixture(scope="session")
 def prefill_decode(shared_instances: SharedInstances) -> tuple[Server, Server]:
-    """A prefill and a decode instance of vLLM on ``store``; the last test of test_identity.py kills the first, so no file after it
-    can use them."""
+    """A prefill and a decode instance of vLLM on ``store``, for no file after test_identity.py, which ends the first."""
     prefill, decode = shared_instances.get("prefill_decode")
     return prefill, decode
