@@ -44,6 +44,16 @@ async def asked(instance: FakeInstance, number: int = 1) -> list[str]:
     return instance.questions[number - 1].published
 
 
+def after(event: asyncio.Event) -> Answering:
+    """Answer as soon as something has happened."""
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await event.wait()
+        return await chat(instance, request, received)
+
+    return wait
+
+
 def lacking(encoder: FakeInstance, answer: Answering = chat, *, times: int = 1) -> Answering:
     """Answer as an instance that finds its embeddings lost while a question waits, until they are encoded again."""
 
@@ -95,12 +105,7 @@ async def test_a_decode_instance_that_reads_embeddings_says_what_is_lost(start: 
 async def test_what_is_published_while_a_question_waits_is_in_the_next_which_ends_it(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), teller()
     is_lost = asyncio.Event()
-
-    async def lack_second(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await is_lost.wait()
-        return await chat(instance, request, received)
-
-    pd.answer = lack_second
+    pd.answer = after(is_lost)
     front = await start([encoder, pd])
     answers = [asyncio.create_task(front.post(ask(image(image_bytes("red")))))]
     (first,) = await asked(pd)
@@ -121,12 +126,7 @@ async def test_what_is_published_while_a_question_waits_is_in_the_next_which_end
 async def test_all_requests_that_wait_for_one_embedding_hear_of_its_loss(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), teller()
     is_there = asyncio.Event()
-
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await is_there.wait()
-        return await chat(instance, request, received)
-
-    pd.answer = wait
+    pd.answer = after(is_there)
     front = await start([encoder, pd])
     answers = [asyncio.create_task(front.post(ask(image(image_bytes())))) for _ in range(3)]
     await pd.until(lambda: len(pd.received) == 3)

@@ -11,7 +11,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
-from chiasm.errors import ChiasmError, Code, InvalidRequestError, ModelNotFoundError, OverloadedError
+from chiasm.errors import (
+    ChiasmError,
+    Code,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    PathNotFoundError,
+)
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import Admission, Exchange
 from chiasm.media import Fetcher
@@ -20,7 +27,7 @@ from chiasm.models.base import LoadProgress
 from chiasm.server.config import ServerConfig
 from chiasm.server.joining import Joiner
 from chiasm.server.metrics import Metrics
-from chiasm.wire import CLIENT_HEADER, DrainState, ECPlace, Lease, Load
+from chiasm.wire import CLIENT_HEADER, DrainState, ECPlace, Lease, Load, Role
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,6 +236,17 @@ class ServerContext:
         self.check_ready()
         assert self.loaded_engine is not None
         return self.loaded_engine
+
+    @property
+    def reading_engine(self) -> GeneratingEngine:
+        """The engine that reads embeddings of others, also while it drains, since its requests still wait for them.
+
+        Raises PathNotFoundError if this instance reads none.
+        """
+        engine = self.loaded_engine
+        if not isinstance(engine, GeneratingEngine) or engine.config.role not in (Role.PD, Role.PREFILL):
+            raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
+        return engine
 
     @property
     def generating_engine(self) -> GeneratingEngine:

@@ -11,12 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from chiasm.errors import PathNotFoundError
 from chiasm.http import json_response, read_body
 from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.untrusted import read_json
-from chiasm.server.context import GeneratingEngine, ServerContext
-from chiasm.wire import AwaitedEmbeddings, LossQuestion, Role
+from chiasm.server.context import ServerContext
+from chiasm.wire import AwaitedEmbeddings, LossQuestion
 
 MAX_QUESTION_BYTES = 128 << 10
 _decoder = msgspec.json.Decoder(LossQuestion)
@@ -25,9 +24,7 @@ _decoder = msgspec.json.Decoder(LossQuestion)
 async def tell_lost(context: ServerContext, request: Request) -> Response:
     """Answer when some of the embeddings are lost, at the end of the time, or when this instance is told to end."""
     check_fleet(caller_of(request.scope), "What embeddings are lost")
-    engine = context.loaded_engine
-    if not isinstance(engine, GeneratingEngine) or engine.config.role not in (Role.PD, Role.PREFILL):
-        raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
+    engine = context.reading_engine
     question = read_question(await read_body(request.receive, request.headers, MAX_QUESTION_BYTES))
     told = engine.lost_embeddings(question.asker, question.published)
     lost = await until_told(told, question.seconds, receive=request.receive, ends=context.drains)

@@ -8,12 +8,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chiasm.errors import InvalidRequestError, PathNotFoundError
+from chiasm.errors import InvalidRequestError
 from chiasm.http import read_body
 from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.untrusted import read_json
-from chiasm.server.context import GeneratingEngine, ServerContext
-from chiasm.wire import EmbeddingPlaces, Role
+from chiasm.server.context import ServerContext
+from chiasm.wire import EmbeddingPlaces
 
 MAX_PLACES_BYTES = 1 << 20
 _decoder = msgspec.json.Decoder(EmbeddingPlaces)
@@ -22,9 +22,7 @@ _decoder = msgspec.json.Decoder(EmbeddingPlaces)
 async def note_places(context: ServerContext, request: Request) -> Response:
     """Pass on what the body says; also while the instance stops, since its requests still wait for embeddings."""
     check_fleet(caller_of(request.scope), "Saying where embeddings are")
-    engine = context.loaded_engine
-    if not isinstance(engine, GeneratingEngine) or engine.config.role not in (Role.PD, Role.PREFILL):
-        raise PathNotFoundError("This instance reads no embeddings of others; PD and prefill instances do.")
+    engine = context.reading_engine
     told = read_places(await read_body(request.receive, request.headers, MAX_PLACES_BYTES))
     engine.expect_embeddings(told.places, told.stored)
     return Response(status_code=HTTPStatus.NO_CONTENT)
