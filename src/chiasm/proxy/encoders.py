@@ -35,6 +35,7 @@ from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.records.trail import EncodedAt, EncoderCall
+from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
 from chiasm.proxy.waiting import Comeback, none_healthy
 from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
@@ -87,15 +88,13 @@ class Encoders:
         self._comeback_seconds = comeback_seconds
         fleet.listeners.append(self._note_change)
         self._flights: dict[str, Flight] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._waking: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
         if self._waking is not None:
             self._waking.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     async def encode(self, items: Iterable[Item], job: Job) -> dict[str, bytes]:
         """Have images encoded; return the encoders' metadata (JSON) by identifier when all embeddings are published.
@@ -213,9 +212,7 @@ class Encoders:
         if not call.is_hedge:
             self._tell(call.instance, call.flights, set().union(*(flight.waiters for flight in call.flights)))
             self._watch(call)
-        call.task = asyncio.create_task(self._run(call))
-        self._tasks.add(call.task)
-        call.task.add_done_callback(self._tasks.discard)
+        call.task = self._tasks.start(self._run(call))
         call.task.add_done_callback(lambda task: self._end(call))  # also if it was cancelled before it began
 
     def _watch(self, call: Call) -> None:

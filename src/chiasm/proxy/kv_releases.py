@@ -15,6 +15,7 @@ import msgspec
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Upstream, UpstreamError
 from chiasm.wire import KV_RELEASE_PATH, MAX_RELEASED, KVRelease
 
@@ -36,15 +37,11 @@ class KVReleases:
         self._timeout_seconds = timeout_seconds
         self._waiting: WeakKeyDictionary[Instance, dict[str, str]] = WeakKeyDictionary()
         """The leases that are to be given back, each with the ``Authorization`` of its request."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def close(self) -> None:
         """Send what waits, if that takes no longer than a second."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_CLOSE_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close(patience_seconds=_CLOSE_SECONDS)
 
     def give_back(self, instance: Instance, lease: str, job: Job) -> None:
         """Have a lease of a request ended at this prefill instance; returns at once."""
@@ -53,9 +50,7 @@ class KVReleases:
         if len(waiting) < _MAX_WAITING:
             waiting[lease] = job.exchange.headers.get("authorization", "")
         if not is_sending:
-            task = asyncio.ensure_future(self._send_all(instance, waiting))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._send_all(instance, waiting))
 
     async def _send_all(self, instance: Instance, waiting: dict[str, str]) -> None:
         try:

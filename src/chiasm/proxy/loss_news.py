@@ -11,14 +11,13 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Coroutine
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.job import Job
+from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Line, Upstream, UpstreamError
 from chiasm.wire import LOST_PATH, MAX_PUBLISHED, UNREADABLE, AwaitedEmbeddings, LossQuestion
 
@@ -56,12 +55,10 @@ class LossNews:
         self._timeout_seconds = timeout_seconds
         self._asker = secrets.token_hex(16)
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def listen(self, job: Job) -> bool:
         """Set ``job.news_of_embeddings`` once as soon as its instance says that it lacks one that was published.
@@ -80,7 +77,7 @@ class LossNews:
         desk.jobs[job] = names
         if not desk.is_asking:
             desk.is_asking = True
-            self._start(self._ask_again_and_again(instance, desk))
+            self._tasks.start(self._ask_again_and_again(instance, desk))
         is_asked = desk.newest is not None and not desk.newest.done() and names <= desk.asked
         if not is_asked:
             desk.has_more.set()
@@ -104,7 +101,7 @@ class LossNews:
             while desk.jobs or before is not None:
                 desk.has_more.clear()
                 desk.asked = frozenset[str]().union(*desk.jobs.values())
-                desk.newest = self._start(self._ask(instance, desk, desk.asked))
+                desk.newest = self._tasks.start(self._ask(instance, desk, desk.asked))
                 if before is not None:
                     await asyncio.wait((before,))
                 await asyncio.sleep(_PAUSE_SECONDS)
@@ -116,12 +113,6 @@ class LossNews:
                 before = None if desk.newest.done() else desk.newest
         finally:
             desk.is_asking = False
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _ask(self, instance: Instance, desk: _Desk, asked: frozenset[str]) -> None:
         """Ask once, and tell the requests. If nothing could be asked, tell all, so that they ask for themselves."""

@@ -17,6 +17,7 @@ import msgspec
 
 from chiasm.proxy.fleet import Instance
 from chiasm.proxy.metrics import Metrics
+from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Upstream, UpstreamError
 from chiasm.wire import MAX_PLACES, PLACES_PATH, ECPlace, EmbeddingPlaces, Role
 
@@ -45,12 +46,10 @@ class Places:
         self._timeout_seconds = timeout_seconds
         self._desks: WeakKeyDictionary[Instance, _Desk] = WeakKeyDictionary()
         """Of instances that don't know everything yet."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
 
     def tell(self, instance: Instance | None, places: Mapping[str, ECPlace | None]) -> None:
         """Tell an instance where embeddings are, by identifier; None stands for the fleet's shared cache. Returns at once.
@@ -63,9 +62,7 @@ class Places:
         desk = self._desks.get(instance)
         if desk is None:
             desk = self._desks[instance] = _Desk()
-            task = asyncio.create_task(self._send_all(instance, desk))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._send_all(instance, desk))
         for name, place in places.items():
             if name in desk.waiting or len(desk.waiting) < _MAX_WAITING:
                 desk.waiting[name] = place
