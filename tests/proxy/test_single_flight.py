@@ -7,8 +7,10 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat, encode, never
+from chiasm.proxy import encoders
+
+from .conftest import Front, Start, ask, image, image_bytes, until_idle
+from .instances import FakeInstance, Received, break_off, chat, encode, never
 
 
 @pytest.fixture
@@ -106,6 +108,53 @@ async def test_the_encoder_call_ends_when_all_clients_have_left(
         request.cancel()
     await asyncio.wait_for(encoder.gone.acquire(), 60)
     assert not front.service.router.encoders._flights
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_encoder_that_is_heard_after_the_answer_is_counted_and_learned_from(
+    start: Start, encoder: FakeInstance, gate: asyncio.Event, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language instance may have read an embedding, and answered, before the encoder tells the proxy of it."""
+    monkeypatch.setattr(encoders, "_AFTER_ANSWER_SECONDS", 60.0)
+    front = await start([encoder, FakeInstance("pd")])
+    assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
+    assert await front.metric('chiasm_proxy_items_total{outcome="encoded"}') == 0
+    gate.set()
+    await until_idle(front)
+    assert await front.metric('chiasm_proxy_items_total{outcome="encoded"}') == 1
+    (received,) = encoder.received
+    assert front.service.router._placement.images._published.copies == {received.identifiers[0]: 1}
+
+
+async def test_an_encoder_that_fails_after_the_answer_costs_nothing(
+    start: Start, encoder: FakeInstance, gate: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "_AFTER_ANSWER_SECONDS", 60.0)
+
+    async def fail(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        await break_off(request)
+        raise ConnectionError
+
+    encoder.answer = fail
+    front = await start([encoder, FakeInstance("pd")])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    gate.set()
+    await until_idle(front)
+    assert not front.service.router.encoders._flights
+    assert len(encoder.received) == 1
+
+
+async def test_an_encoder_is_not_waited_for_long_after_the_answer(
+    start: Start, encoder: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "_AFTER_ANSWER_SECONDS", 0.0)
+    front = await start([encoder, FakeInstance("pd")])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    await until_idle(front)
+    assert not front.service.router.encoders._flights
+    if encoder.received:  # otherwise the call was cancelled before it was sent
+        await asyncio.wait_for(encoder.gone.acquire(), 60)
 
 
 async def test_a_call_continues_for_an_image_that_somebody_waits_for(

@@ -3,7 +3,8 @@
 A *flight* is the encoding of one image, whichever request asked for it: requests that need the same image meanwhile wait for
 the one flight. It waits in the queue of :mod:`chiasm.proxy.encode_queue`, which says when it goes to which encoder. A *call* is
 one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits any more is
-abandoned, and a call is cancelled with its last flight.
+abandoned, and a call is cancelled with its last flight. If that is because the answer is whole, the encoder has most likely
+published the embedding and answers in a moment, so its call may end: what it says is counted and learned from.
 
 A late call may be *hedged*: a second encoder gets its flights too, in a call of its own. The first answer counts, and the other
 call is cancelled. Language instances are told the second encoder's place when it has answered, or when it is the only one left:
@@ -42,6 +43,9 @@ from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, R
 
 _log = logging.getLogger(__name__)
 _MAX_RESPONSE_BYTES = 8 << 20
+_AFTER_ANSWER_SECONDS = 1.0
+"""How long a call goes on when the answer is whole: a language instance may have read an embedding and answered before the
+encoder has told the proxy of it."""
 _BEFORE_DEADLINE_SECONDS = 0.1
 """A request whose images wait for room gives up so long before its deadline, to say what it has waited for."""
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
@@ -212,7 +216,10 @@ class Encoders:
         if not call.is_hedge:
             self._tell(call.instance, call.flights, set().union(*(flight.waiters for flight in call.flights)))
             self._watch(call)
-        call.task = self._tasks.start(self._run(call))
+        # The waiting request with the latest deadline lends the call its headers.
+        waiters = (job for flight in call.flights for job in flight.waiters)
+        lender = max(waiters, key=lambda waiter: waiter.exchange.deadline)
+        call.task = self._tasks.start(self._run(call, lender))
         call.task.add_done_callback(lambda task: self._end(call))  # also if it was cancelled before it began
 
     def _watch(self, call: Call) -> None:
@@ -224,7 +231,9 @@ class Encoders:
     def _hedge(self, call: Call) -> None:
         """Give the images of a late call to a second encoder too; if that can't be now, see later."""
         now = time.monotonic()
-        flights = [flight for flight in call.flights if call in flight.calls]
+        flights = [flight for flight in call.flights if call in flight.calls and flight.waiters]
+        if not flights:
+            return
         feed = self._queue.hedge([flight.entry for flight in flights], now)
         if feed is None:
             self._watch(call)
@@ -252,9 +261,9 @@ class Encoders:
         for instance, places in told.items():
             self._places.tell(instance, places)
 
-    async def _run(self, call: Call) -> None:
+    async def _run(self, call: Call, lender: Job) -> None:
         try:
-            await self._call(call)
+            await self._call(call, lender)
         finally:
             self._end(call)
 
@@ -271,12 +280,12 @@ class Encoders:
             self._metrics.hedges.labels("won" if call.has_won else "lost").inc()
         self._feed()
 
-    async def _call(self, call: Call) -> None:
+    async def _call(self, call: Call, lender: Job) -> None:
         instance = call.instance
         try:
             with self._fleet.working(instance, sum(entry.seconds for entry in call.entries)):
                 async with asyncio.timeout(self._timeout_seconds):
-                    response = await self._post(call)
+                    response = await self._post(call, lender)
         except UpstreamError as error:
             is_healthy = await self._prober.lost(instance, error)
             for flight in call.flights:
@@ -296,15 +305,12 @@ class Encoders:
             await self._prober.lost(instance, refusal)
         self._refuse(call, refusal)
 
-    async def _post(self, call: Call) -> UpstreamResponse:
-        # The waiting request with the latest deadline lends the call its headers.
-        waiters = (job for flight in call.flights for job in flight.waiters)
-        job = max(waiters, key=lambda waiter: waiter.exchange.deadline)
+    async def _post(self, call: Call, lender: Job) -> UpstreamResponse:
         is_small = sum(flight.item.part_bytes for flight in call.flights) <= INLINE_BYTES
-        model = job.request.model
+        model = lender.request.model
         body = call.body(model) if is_small else await asyncio.to_thread(call.body, model)
-        request_id.set(job.exchange.request_id)
-        with await self._upstream.post(call.instance.url, CHAT_PATH, body, job.headers_for_encoder()) as response:
+        request_id.set(lender.exchange.request_id)
+        with await self._upstream.post(call.instance.url, CHAT_PATH, body, lender.headers_for_encoder()) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
     def _accept(self, call: Call, response: UpstreamResponse) -> None:
@@ -410,13 +416,16 @@ class Encoders:
                 self._requeue(flight)
 
     def _withdraw(self, flight: Flight, call: Call) -> bool:
-        """Note that a call won't publish an image; return whether that is needed and no other call does it."""
+        """Note that a call won't publish an image; return whether somebody waits for it and no other call does it."""
         if call not in flight.calls:
             return False
         was_first = flight.calls[0] is call
         flight.calls.remove(call)
         if flight.calls and was_first:
             self._tell(flight.calls[0].instance, [flight], flight.waiters)
+        if not flight.calls and not flight.waiters:
+            self._abandon(flight)
+            return False
         return not flight.calls
 
     def _requeue(self, flight: Flight, *, alone: bool = False) -> None:
@@ -445,6 +454,13 @@ class Encoders:
 
     def _leave(self, flight: Flight, job: Job) -> None:
         flight.waiters.discard(job)
+        if flight.calls and job.embeddings_are_read:
+            asyncio.get_running_loop().call_later(_AFTER_ANSWER_SECONDS, self._abandon, flight)
+        else:
+            self._abandon(flight)
+
+    def _abandon(self, flight: Flight) -> None:
+        """Give a flight up, unless it has ended or somebody waits for it."""
         if flight.waiters or flight.metadata.done():
             return
         self._forget(flight)

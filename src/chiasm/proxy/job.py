@@ -245,6 +245,8 @@ class Job:
 
     async def send_response(self, response: UpstreamResponse) -> None:
         """Send an instance's whole response as it is."""
+        if response.status == 200:
+            self.note_embeddings_read()
         given = response.headers
         headers = [(name, given[name]) for name in _TO_CLIENT if name in given]
         if response.status == 503 and "retry-after" not in given:
