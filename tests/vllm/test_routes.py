@@ -7,8 +7,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 from fastapi.routing import APIRoute
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from chiasm.proxy.other_paths import WITHOUT_SALT
@@ -33,7 +33,8 @@ NOT_PASSED_ON = {
 @pytest.fixture(scope="module")
 def routes() -> dict[str, list[Any]]:
     """The types of the bodies that each path of vLLM takes by POST, for models that can do everything."""
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    parser = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())
+    arguments = parser.parse_args(["--enable-scale-out"])
     tasks: Any = (
         "generate",
         "embed",
