@@ -1,8 +1,8 @@
-"""vLLM's own scheduler and encoder cache manager, with what calls the connector in each of its two model runners, pass the cases
+"""vLLM's own scheduler and encoder cache manager, and what calls the connector in each of its two model runners, pass the cases
 that the stand-in of tests/integrations passes.
 
-No model and no process is started: what the model would compute is left out. So the second model runner, which needs a GPU, calls
-the connector here, too.
+No model and no process is started: what the model would compute is left out. So the second model runner's part runs without a
+GPU, too.
 """
 
 from __future__ import annotations
