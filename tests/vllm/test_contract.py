@@ -1,6 +1,8 @@
-"""vLLM's own scheduler, encoder cache manager and worker mixin pass the cases that the stand-in of tests/integrations passes.
+"""vLLM's own scheduler and encoder cache manager, and what calls the connector in each of its two model runners, pass the cases
+that the stand-in of tests/integrations passes.
 
-No model and no process is started: what the model would compute is left out.
+No model and no process is started: what the model would compute is left out. So the second model runner's part runs without a
+GPU, too.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.ec_connector_model_runner_mixin import ECConnectorModelRunnerMixin
+from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
 from chiasm.ec_transfer import ECTransferRole
 from chiasm.integrations.vllm import ec_connector
@@ -76,6 +79,7 @@ class RealVLLM(Instance):
         self.record(self.half)
         self.record(get_ec_transfer().worker_half)
         self._encoder_cache: dict[str, torch.Tensor] = {}
+        self._second_runner = ActiveECConnector(config, self._encoder_cache) if config.use_v2_model_runner else None
         self._folder = Path(config.ec_transfer_config.ec_connector_extra_config["shared_storage_path"])
         init_none_hash(sha256)
         self._block_hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
@@ -138,11 +142,16 @@ class RealVLLM(Instance):
         output = ModelRunnerOutput(names, {name: index for index, name in enumerate(names)})
         if not names:
             return output
-        mixin = ECConnectorModelRunnerMixin
-        with mixin.maybe_get_ec_connector_output(planned, self._encoder_cache) as ec_output:
+        mixin, second = ECConnectorModelRunnerMixin, self._second_runner
+        with (
+            second.maybe_get_output(planned)
+            if second is not None
+            else mixin.maybe_get_ec_connector_output(planned, self._encoder_cache)
+        ) as ec_output:
             for identifier in encoded:
                 self._encoder_cache[identifier] = self._embeddings[identifier]
-                mixin.maybe_save_ec_to_connector(self._encoder_cache, identifier)
+                if second is None:  # the second runner saves by itself, at the end
+                    mixin.maybe_save_ec_to_connector(self._encoder_cache, identifier)
             for name, num_tokens in planned.num_scheduled_tokens.items():
                 self._read_embeddings(self._scheduler.requests[name], num_tokens)
         output.ec_connector_output = ec_output
@@ -194,15 +203,21 @@ def encoder(tmp_path: Path) -> Encoder:
     return Encoder(tmp_path / "store")
 
 
-@pytest.fixture
+@pytest.fixture(params=["0", "1"], ids=["first runner", "second runner"])
 def start(
-    configs: dict[ECTransferRole, Any], tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    configs: dict[ECTransferRole, Any],
+    tmp_path: Path,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Start]:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", request.param)
     monkeypatch.setattr(ec_connector, "get_tensor_model_parallel_rank", lambda: 0)  # there is no worker process
 
     def start(role: ECTransferRole) -> RealVLLM:
         config = copy.deepcopy(configs[role])
         config.ec_transfer_config.ec_connector_extra_config = store_in(tmp_path / "store")
+        assert config.use_v2_model_runner == bool(int(request.param))
         return RealVLLM(config)
 
     yield start

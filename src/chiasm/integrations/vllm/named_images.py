@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -99,8 +100,10 @@ def resolve_stand_ins() -> bool:
     """Let vLLM's parser of chats resolve stand-ins; return whether it can."""
     try:
         from vllm.exceptions import VLLMValidationError
-        from vllm.renderers.chat_utils import AsyncMultiModalContentParser as Parser
+        from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
+        # The parser has another module in 0.33 than in 0.32. Wherever it is, what makes it has it at hand.
+        Parser: Any = sys.modules[AsyncMultiModalItemTracker.__module__].AsyncMultiModalContentParser
         parse, _ = Parser.parse_image, Parser.parse_image_embeds
     except (ImportError, AttributeError) as error:
         _logger.warning(
