@@ -149,6 +149,28 @@ def test_a_whole_answer_that_another_instance_continues_is_covered_to_its_end() 
     assert timeline.covered() == pytest.approx(1.0)
 
 
+def test_an_answer_without_tokens_is_covered_to_its_first_bytes_and_decodes_nothing() -> None:
+    told = [entry("queue", 0.1, at=0.1), entry("prefill", 0.2, at=0.2), entry("pooled", 0.4), entry("total", 0.5)]
+    trail = Trail(100.0)
+    trail.steps += [Step("read", 100.0, 100.1)]
+    trail.calls.append(LanguageCall(PD, "pd", 100.1, 100.7, write_timing(told)))
+    record = dataclasses.replace(
+        record_of_one_image(), path="/v1/embeddings", trail=trail, first_at=101.0, ended_at=102
+    )
+    timeline = timeline_of(record)
+    assert rounded(timeline.spans) == [
+        ("read", "proxy", 0.0, 0.1),
+        ("send", "proxy", 0.1, 0.15),
+        ("prepare", PD, 0.15, 0.25),
+        ("queue", PD, 0.25, 0.35),
+        ("prefill", PD, 0.35, 0.55),
+        ("answer", PD, 0.55, 0.65),
+        ("return", "proxy", 0.65, 1.0),
+    ]
+    assert timeline.first_token == pytest.approx(1.0)
+    assert timeline.covered() == pytest.approx(1.0)
+
+
 def test_what_an_instance_says_stays_within_its_call() -> None:
     record = record_of_one_image()
     record.trail.calls[

@@ -60,7 +60,8 @@ class Timeline(NamedTuple):
     spans: list[Span]
     """In order of their starts."""
     first_token: float | None
-    """When the client had the first token; in an answer that isn't a stream, when it was there. None without an answer."""
+    """When the client had the first token; in an answer that isn't a stream, when it was there. Of an answer without tokens,
+    when the client had its first bytes; None without an answer."""
     end: float
 
     def covered(self) -> float | None:
@@ -94,7 +95,12 @@ def timeline_of(record: Record) -> Timeline:
         if call is giver and token_at is not None and first is not None:
             first = min(first, token_at)
     spans += _transfers(spans, trail.calls, record.arrival)
-    if answered and first is not None and first < end:
+    if (
+        answered
+        and first is not None
+        and first < end
+        and duration_of(read_timing(answered[-1].timing), "pooled") is None
+    ):
         spans.append(Span("decode", answered[-1].instance, first, end))
     kept = (span._replace(start=max(0.0, span.start), end=min(end, span.end)) for span in spans)
     return Timeline(sorted((span for span in kept if span.seconds > _SHORTEST), key=lambda one: one.start), first, end)
@@ -135,25 +141,27 @@ def _of_item(item: ItemTrail, index: int | None, arrival: float) -> Iterator[Spa
 def _of_call(call: LanguageCall, arrival: float, end: float, first: float | None) -> tuple[list[Span], float | None]:
     """Return the spans of a call of a language instance up to its first token, and when that was if the answer was whole.
 
-    ``first`` is when the client had the first bytes, if this call gave them.
+    Of an answer without tokens there are those up to its first bytes. ``first`` is when the client had the first bytes, if this
+    call gave them.
     """
     sent = call.sent_at - arrival
     if call.answered_at is None:
         return [Span("lost call", call.instance, sent, end)], None
     answered = call.answered_at - arrival
+    received = answered if first is None else first
     entries = read_timing(call.timing)
-    ttft, total = duration_of(entries, "ttft"), duration_of(entries, "total")
-    if ttft is None:
-        return [Span("call", call.instance, sent, answered if first is None else first)], None
-    begin, ended = _placed(sent, answered, ttft if total is None else total)
-    token = begin + ttft
+    ttft, pooled, total = (duration_of(entries, name) for name in ("ttft", "pooled", "total"))
+    computed = ttft if pooled is None else pooled
+    if computed is None:
+        return [Span("call", call.instance, sent, received)], None
+    begin, ended = _placed(sent, answered, computed if total is None else total)
+    token = begin + computed
     spans = [Span("send", PROXY, sent, begin), *_at_language(call, entries, begin, token)]
-    if total is not None and first is None:  # another instance goes on
-        spans += [Span("answer", call.instance, token, ended), Span("return", PROXY, ended, answered)]
-    if total is not None:
-        return spans, token
-    spans.append(Span("first token", PROXY, token, answered if first is None else first))
-    return spans, None
+    if pooled is None and total is None:
+        return [*spans, Span("first token", PROXY, token, received)], None
+    if pooled is not None or first is None:  # there is no token, or another instance goes on
+        spans += [Span("answer", call.instance, token, ended), Span("return", PROXY, ended, received)]
+    return spans, token if pooled is None else None
 
 
 def _at_language(call: LanguageCall, entries: Sequence[TimingEntry], begin: float, token: float) -> Iterator[Span]:
