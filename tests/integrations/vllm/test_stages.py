@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.http.timing import TimingEntry, read_timing
+from chiasm.integrations.vllm import stages as stages_module
 from chiasm.integrations.vllm.messages import WAITS
 from chiasm.integrations.vllm.stages import Stages
 from chiasm.integrations.vllm.waits import Wait
@@ -101,10 +102,9 @@ class VLLM:
         return generated
 
 
-def serve(vllm: VLLM, ec: SimpleNamespace | None = None) -> Stages:
+def serve(vllm: VLLM, ec: SimpleNamespace | None = None, *, runner: str = "generate") -> Stages:
     stages = Stages(vllm.clock)
-    model = SimpleNamespace(runner_type="generate")  # the times of those that pool are in tests/vllm
-    config = SimpleNamespace(ec_transfer_config=ec, model_config=model)
+    config = SimpleNamespace(ec_transfer_config=ec, model_config=SimpleNamespace(runner_type=runner))
     stages.watch(SimpleNamespace(engine_client=vllm, vllm_config=config))
     return stages
 
@@ -300,6 +300,16 @@ async def test_a_server_that_keeps_no_times_says_so_at_start(caplog: pytest.LogC
     stages = serve(vllm)
     assert "--disable-log-stats" in caplog.text
     assert await answer(stages, vllm) == []
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+async def test_a_server_that_pools_tells_stages_if_the_times_are_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, are_kept: bool
+) -> None:
+    monkeypatch.setattr(stages_module, "keep_times", lambda: are_kept)
+    vllm = VLLM(Clock(), [(4.0, output(2.0, 4.0))], TEXT, headers=JSON, pools=True)
+    entries = await answer(serve(vllm, runner="pooling"), vllm)
+    assert ("pooled" in told(entries), "keeps no times" in caplog.text) == (are_kept, not are_kept)
 
 
 async def test_an_answer_that_is_given_up_ends_in_the_engine_as_well() -> None:
