@@ -20,7 +20,7 @@ from chiasm.proxy.records.trace_file import trace_of
 from chiasm.proxy.records.trail import EncodedAt, EncoderCall, ItemTrail, LanguageCall, Step, Trail
 
 from .conftest import Images, Start, ask, image, image_bytes, listen
-from .instances import FakeInstance, Received, encode
+from .instances import FakeInstance, Received, chat, encode
 
 KEY = "s3cret" * 3
 ENCODER, PD = "10.0.0.1:8001", "10.0.0.2:8002"
@@ -126,6 +126,17 @@ def test_an_encoder_that_publishes_while_it_encodes_has_the_embedding_travel_fro
     call = item.encoded.call._replace(timing=write_timing([entry("encode0", 0.35, at=0.2), entry("total", 0.58)]))
     record.trail.items = [item._replace(encoded=EncodedAt(call, 0))]
     assert ("transfer", PD, 0.66, 0.67) in rounded(timeline_of(record).spans)
+
+
+def test_an_encoder_that_has_yet_to_answer_has_a_call_until_the_embedding_is_where_it_was_waited_for() -> None:
+    record = record_of_one_image()
+    (item,) = record.trail.items
+    record.trail.items = [item._replace(encoded=EncodedAt(EncoderCall(ENCODER, 100.1, None), 0))]
+    timeline = timeline_of(record)
+    assert [one for one in rounded(timeline.spans) if one[1] == ENCODER] == [("encode call", ENCODER, 0.1, 0.67)]
+    assert "transfer" not in {span.name for span in timeline.spans}
+    record.trail.calls[0].timing = ""  # it doesn't say that it has waited
+    assert ("encode call", ENCODER, 0.1, 2.0) in rounded(timeline_of(record).spans)
 
 
 def test_a_whole_answer_that_another_instance_continues_is_covered_to_its_end() -> None:
@@ -270,6 +281,29 @@ async def test_an_image_that_was_encoded_again_has_a_record_too(start: Start) ->
     front = await start([broken, encoder, pd])
     assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
     assert (await front.record("mine"))["covered"] >= 0.98
+
+
+async def test_an_answer_that_is_there_before_the_encoders_has_its_image_in_the_record(start: Start) -> None:
+    """Of vLLM, which tells an encoder's server later than the PD that an image is encoded."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    called, is_over = asyncio.Event(), asyncio.Event()
+
+    async def encode_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        called.set()
+        await is_over.wait()
+        return await encode(instance, request, received)
+
+    async def chat_when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await called.wait()
+        return await chat(instance, request, received)
+
+    encoder.answer, pd.answer = encode_late, chat_when_encoded
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
+    spans = (await front.record("mine"))["spans"]
+    is_over.set()
+    assert [span["name"] for span in spans if span["where"] == encoder.url.removeprefix("http://")] == ["encode call"]
+    assert {"await encoder", "encode call"} <= {span["name"] for span in spans if span.get("item") == 0}
 
 
 @pytest.mark.parametrize("path", ["/requests", "/requests/x", "/requests/x/trace.json"])

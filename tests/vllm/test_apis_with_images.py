@@ -180,8 +180,10 @@ def test_records_have_the_stages_of_all_instances(fleet: Fleet, stream: bool) ->
 def test_an_image_that_an_encoder_has_just_encoded_has_its_stages_too(fleet: Fleet) -> None:
     for path, body in (bodies(9530)[0], bodies(9540)[3]):  # other images, since a PD that has one waits for no encoder
         record = record_of(fleet.split, body, path)
-        assert spans_of(record)[fleet.encoder.url] >= {"preprocess", "encode"}, path
-        assert {"await encoder", "encode"} <= {span["name"] for span in record["spans"] if span.get("item") == 0}
+        encoding = spans_of(record)[fleet.encoder.url]
+        # Its answer may come after that of the PD, which has the embedding from it before.
+        assert encoding >= {"preprocess", "encode"} or encoding == {"encode call"}, path
+        assert {"await encoder", *encoding} <= {span["name"] for span in record["spans"] if span.get("item") == 0}
 
 
 @pytest.mark.parametrize("stream", [False, True])

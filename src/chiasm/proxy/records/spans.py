@@ -81,11 +81,14 @@ def timeline_of(record: Record) -> Timeline:
     """Return a record's timeline."""
     end, trail = record.seconds, record.trail
     spans = [Span(step.name, PROXY, step.began - record.arrival, step.ended - record.arrival) for step in trail.steps]
-    for index, (began, ended) in trail.fetches.items():
-        spans.append(Span("fetch", PROXY, began - record.arrival, ended - record.arrival, index))
-    indices = {name: index for index, name in reversed(list(enumerate(trail.identifiers)))}
+    for number, (began, ended) in trail.fetches.items():
+        spans.append(Span("fetch", PROXY, began - record.arrival, ended - record.arrival, number))
+    indices = {name: number for number, name in reversed(list(enumerate(trail.identifiers)))}
+    arrivals = list(_arrivals(trail.calls, record.arrival))
     for item in trail.items:
-        spans += _of_item(item, indices.get(item.identifier), record.arrival)
+        index = indices.get(item.identifier)
+        arrived = min((one.end for one in arrivals if one.item == index), default=end)
+        spans += _of_item(item, index, record.arrival, arrived)
     first = None if record.first_at is None else record.first_at - record.arrival
     answered = [call for call in trail.calls if call.answered_at is not None]
     giver = _giver(answered, record.first_at)
@@ -94,13 +97,10 @@ def timeline_of(record: Record) -> Timeline:
         spans += found
         if call is giver and token_at is not None and first is not None:
             first = min(first, token_at)
-    spans += _transfers(spans, trail.calls, record.arrival)
-    if (
-        answered
-        and first is not None
-        and first < end
-        and duration_of(read_timing(answered[-1].timing), "pooled") is None
-    ):
+    published = {span.item: span.end for span in spans if span.name in _LAST_OF_ENCODER}
+    spans += (one._replace(start=published[one.item]) for one in arrivals if one.item in published)
+    has_tokens = answered and duration_of(read_timing(answered[-1].timing), "pooled") is None
+    if has_tokens and first is not None and first < end:
         spans.append(Span("decode", answered[-1].instance, first, end))
     kept = (span._replace(start=max(0.0, span.start), end=min(end, span.end)) for span in spans)
     return Timeline(sorted((span for span in kept if span.seconds > _SHORTEST), key=lambda one: one.start), first, end)
@@ -112,10 +112,13 @@ def _giver(answered: Sequence[LanguageCall], first_at: float | None) -> Language
     return before[-1] if before else None
 
 
-def _of_item(item: ItemTrail, index: int | None, arrival: float) -> Iterator[Span]:
-    """Yield how an image came to an encoder and was encoded there."""
+def _of_item(item: ItemTrail, index: int | None, arrival: float, arrived: float) -> Iterator[Span]:
+    """Yield how an image came to an encoder and was encoded there.
+
+    ``arrived`` is when its embedding was where it was waited for: the end of a call that had yet to answer.
+    """
     call = item.encoded.call
-    sent, answered = call.sent_at - arrival, call.answered_at - arrival
+    sent, answered = call.sent_at - arrival, arrived if call.answered_at is None else call.answered_at - arrival
     yield Span("await encoder", PROXY, item.asked_at - arrival, sent, index)
     entries = read_timing(call.timing)
     total = duration_of(entries, "total")
@@ -199,9 +202,8 @@ def _running(where: str, start: float, end: float, prefill_at: float) -> Iterato
     yield Span("prefill", where, max(start, prefill_at), end)
 
 
-def _transfers(spans: Sequence[Span], calls: Iterable[LanguageCall], arrival: float) -> Iterator[Span]:
-    """Yield how embeddings came from the encoders to the language instance that waited for them."""
-    published = {span.item: span.end for span in spans if span.name in _LAST_OF_ENCODER}
+def _arrivals(calls: Iterable[LanguageCall], arrival: float) -> Iterator[Span]:
+    """Yield the way of each embedding to the language instance that waited for it, of which only the end is known here."""
     for call in calls:
         if call.answered_at is None or call.role == Role.DECODE:
             continue
@@ -214,8 +216,7 @@ def _transfers(spans: Sequence[Span], calls: Iterable[LanguageCall], arrival: fl
             number = one.name.removeprefix("item")
             if one.description != "waited" or one.at is None or one.seconds is None or not number.isdecimal():
                 continue
-            if (start := published.get(int(number))) is not None:
-                yield Span("transfer", call.instance, start, begin + one.at + one.seconds, int(number))
+            yield Span("transfer", call.instance, 0.0, begin + one.at + one.seconds, int(number))
 
 
 def _placed(sent: float, answered: float, seconds: float) -> tuple[float, float]:
