@@ -96,8 +96,10 @@ def played_encoder(published: asyncio.Event) -> FakeInstance:
             TimingEntry("encode0", encoded - prepared, at=prepared),
             TimingEntry("total", now()),
         ]
-        published.set()
         response.headers["Server-Timing"] = write_timing(entries)
+        await response.prepare(request)
+        await response.write_eof()
+        published.set()  # so that the PD answers later than the encoder
         return response
 
     encoder = FakeInstance("encoder", engine=VLLM["engine"])

@@ -182,7 +182,7 @@ def test_an_image_that_an_encoder_has_just_encoded_has_its_stages_too(fleet: Fle
         record = record_of(fleet.split, body, path)
         encoding = spans_of(record)[fleet.encoder.url]
         # Its answer may come after that of the PD, which has the embedding from it before.
-        assert encoding >= {"preprocess", "encode"} or encoding == {"encode call"}, path
+        assert encoding >= {"preprocess", "encode"} or encoding == {"open call"}, path
         assert {"await encoder", *encoding} <= {span["name"] for span in record["spans"] if span.get("item") == 0}
 
 

@@ -18,7 +18,7 @@ from chiasm.wire import Role
 PROXY = "proxy"
 WAITS = frozenset({"read", "ready", "place", "await encoder", "queue", "wait"})
 """Stages in which nothing is done for the request."""
-WAYS = frozenset({"send", "return", "answer", "transfer", "kv", "first token"})
+WAYS = frozenset({"send", "return", "answer", "transfer", "kv", "first token", "open call"})
 """Stages in which something is on its way, or waits to be noticed."""
 _SHORTEST = 1e-6
 _ITEM_STAGES = ("preprocess", "encode", "publish")
@@ -115,11 +115,15 @@ def _giver(answered: Sequence[LanguageCall], first_at: float | None) -> Language
 def _of_item(item: ItemTrail, index: int | None, arrival: float, arrived: float) -> Iterator[Span]:
     """Yield how an image came to an encoder and was encoded there.
 
-    ``arrived`` is when its embedding was where it was waited for: the end of a call that had yet to answer.
+    ``arrived`` is when its embedding was where it was waited for: so far a call is shown that had yet to answer.
     """
     call = item.encoded.call
-    sent, answered = call.sent_at - arrival, arrived if call.answered_at is None else call.answered_at - arrival
+    sent = call.sent_at - arrival
     yield Span("await encoder", PROXY, item.asked_at - arrival, sent, index)
+    if call.answered_at is None:
+        yield Span("open call", call.instance, sent, arrived, index)
+        return
+    answered = call.answered_at - arrival
     entries = read_timing(call.timing)
     total = duration_of(entries, "total")
     if total is None:
