@@ -20,7 +20,7 @@ from chiasm.proxy.records.trace_file import trace_of
 from chiasm.proxy.records.trail import EncodedAt, EncoderCall, ItemTrail, LanguageCall, Step, Trail
 
 from .conftest import Images, Start, ask, image, image_bytes, listen
-from .instances import FakeInstance, Received, encode
+from .instances import FakeInstance, Received, chat, encode
 
 KEY = "s3cret" * 3
 ENCODER, PD = "10.0.0.1:8001", "10.0.0.2:8002"
@@ -128,6 +128,18 @@ def test_an_encoder_that_publishes_while_it_encodes_has_the_embedding_travel_fro
     assert ("transfer", PD, 0.66, 0.67) in rounded(timeline_of(record).spans)
 
 
+def test_an_encoder_that_has_yet_to_answer_has_a_call_until_the_embedding_is_where_it_was_waited_for() -> None:
+    record = record_of_one_image()
+    (item,) = record.trail.items
+    record.trail.items = [item._replace(encoded=EncodedAt(EncoderCall(ENCODER, 100.1, None), 0))]
+    timeline = timeline_of(record)
+    assert [one for one in rounded(timeline.spans) if one[1] == ENCODER] == [("open call", ENCODER, 0.1, 0.67)]
+    assert timeline.overlap_seconds() == pytest.approx(0.0)  # how much of it is work isn't known
+    assert "transfer" not in {span.name for span in timeline.spans}
+    record.trail.calls[0].timing = ""  # it doesn't say that it has waited
+    assert ("open call", ENCODER, 0.1, 2.0) in rounded(timeline_of(record).spans)
+
+
 def test_a_whole_answer_that_another_instance_continues_is_covered_to_its_end() -> None:
     """As that of prefill at vLLM: the client has nothing of it."""
     prefill, decode = "10.0.0.3:8003", "10.0.0.4:8004"
@@ -146,6 +158,28 @@ def test_a_whole_answer_that_another_instance_continues_is_covered_to_its_end() 
     assert ("return", "proxy", 0.575, 0.6) in spans
     assert ("kv", decode, 0.69, 0.94) in spans
     assert ("prefill", decode, 0.94, 0.99) in spans
+    assert timeline.covered() == pytest.approx(1.0)
+
+
+def test_an_answer_without_tokens_is_covered_to_its_first_bytes_and_decodes_nothing() -> None:
+    told = [entry("queue", 0.1, at=0.1), entry("prefill", 0.2, at=0.2), entry("pooled", 0.4), entry("total", 0.5)]
+    trail = Trail(100.0)
+    trail.steps += [Step("read", 100.0, 100.1)]
+    trail.calls.append(LanguageCall(PD, "pd", 100.1, 100.7, write_timing(told)))
+    record = dataclasses.replace(
+        record_of_one_image(), path="/v1/embeddings", trail=trail, first_at=101.0, ended_at=102
+    )
+    timeline = timeline_of(record)
+    assert rounded(timeline.spans) == [
+        ("read", "proxy", 0.0, 0.1),
+        ("send", "proxy", 0.1, 0.15),
+        ("prepare", PD, 0.15, 0.25),
+        ("queue", PD, 0.25, 0.35),
+        ("prefill", PD, 0.35, 0.55),
+        ("answer", PD, 0.55, 0.65),
+        ("return", "proxy", 0.65, 1.0),
+    ]
+    assert timeline.first_token == pytest.approx(1.0)
     assert timeline.covered() == pytest.approx(1.0)
 
 
@@ -248,6 +282,29 @@ async def test_an_image_that_was_encoded_again_has_a_record_too(start: Start) ->
     front = await start([broken, encoder, pd])
     assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
     assert (await front.record("mine"))["covered"] >= 0.98
+
+
+async def test_an_answer_that_is_there_before_the_encoders_has_its_image_in_the_record(start: Start) -> None:
+    """Of vLLM, which tells an encoder's server later than the PD that an image is encoded."""
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    called, is_over = asyncio.Event(), asyncio.Event()
+
+    async def encode_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        called.set()
+        await is_over.wait()
+        return await encode(instance, request, received)
+
+    async def chat_when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await called.wait()
+        return await chat(instance, request, received)
+
+    encoder.answer, pd.answer = encode_late, chat_when_encoded
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
+    spans = (await front.record("mine"))["spans"]
+    is_over.set()
+    assert [span["name"] for span in spans if span["where"] == encoder.url.removeprefix("http://")] == ["open call"]
+    assert {"await encoder", "open call"} <= {span["name"] for span in spans if span.get("item") == 0}
 
 
 @pytest.mark.parametrize("path", ["/requests", "/requests/x", "/requests/x/trace.json"])

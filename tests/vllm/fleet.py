@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import httpx2 as httpx
 
+from chiasm.wire import CHAT_PATH
 from tests.free_ports import free_port
 from tests.hosts import Host
 
@@ -140,11 +141,10 @@ def ask_all(server: Server, some: list[Body], *, stream: bool = False, at_once: 
         return list(pool.map(lambda body: (ask_for_stream if stream else ask)(server, body), some))
 
 
-def spans_of(proxy: Server, body: Body) -> dict[str, set[str]]:
-    """Send a request, and return the names of the spans that its record has, by the URL of the instance."""
+def record_of(proxy: Server, body: Body, path: str = CHAT_PATH) -> Any:
+    """Send a request, and return the record that the proxy keeps of it."""
     request_id = uuid.uuid4().hex
-    url, headers = f"{proxy.url}/v1/chat/completions", {"X-Request-Id": request_id}
-    response = CLIENT.post(url, json=body, headers=headers, timeout=CALL_SECONDS)
+    response = CLIENT.post(proxy.url + path, json=body, headers={"X-Request-Id": request_id}, timeout=CALL_SECONDS)
     assert response.status_code == 200, response.text
     found = httpx.Response(404)
 
@@ -154,8 +154,13 @@ def spans_of(proxy: Server, body: Body) -> dict[str, set[str]]:
         return found.status_code == 200
 
     proxy.until(has_record)
+    return found.json()
+
+
+def spans_of(record: Any) -> dict[str, set[str]]:
+    """Return the names of the spans that a record has, by the URL of the instance."""
     spans: dict[str, set[str]] = {}
-    for span in found.json()["spans"]:
+    for span in record["spans"]:
         spans.setdefault(f"http://{span['where']}", set()).add(span["name"])
     return spans
 

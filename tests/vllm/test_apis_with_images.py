@@ -16,7 +16,7 @@ import pytest
 
 from chiasm.wire import COUNT_TOKENS_PATH, IMAGE_PATHS, MESSAGES_PATH, RESPONSES_PATH
 
-from .fleet import front, images
+from .fleet import front, images, record_of, spans_of
 from .processes import CALL_SECONDS, CLIENT, MODEL, Server
 from .wire import Body, image_bytes
 
@@ -116,6 +116,7 @@ class Fleet:
     """A proxy for the aggregated instance."""
     split_twice: Server
     """A proxy for the encoder, a prefill and a decode instance."""
+    prefill: Server
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def fleet(
         split_twice = keep("twice", encoder=[encoder], prefill=[prefill], decode=[decode])
         for server in (split, whole, split_twice):
             server.wait_ready()
-        yield Fleet(encoder, pd, aggregated, split, whole, split_twice)
+        yield Fleet(encoder, pd, aggregated, split, whole, split_twice, prefill)
 
 
 def test_the_instances_say_that_they_take_names(fleet: Fleet) -> None:
@@ -160,6 +161,59 @@ def test_streams_say_the_same(fleet: Fleet) -> None:
 def test_prefill_answers_alone(fleet: Fleet) -> None:
     some = bodies(9200)
     assert ask_all(fleet.split_twice, some) == ask_all(fleet.aggregated, some)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_records_have_the_stages_of_all_instances(fleet: Fleet, stream: bool) -> None:
+    language = {"prepare", "queue", "prefill", "decode"}
+    for path, body in bodies(9500 + 10 * stream):
+        record = record_of(fleet.split, body | {"stream": stream}, path)
+        spans = spans_of(record)
+        assert spans[fleet.pd.url] >= language, path
+        assert "call" not in spans[fleet.pd.url]
+        assert record["covered"] >= 0.98
+        check_first_token(record)
+        apart = spans_of(record_of(fleet.split_twice, body | {"stream": stream}, path))
+        assert apart[fleet.prefill.url] >= language, path
+
+
+def test_an_image_that_an_encoder_has_just_encoded_has_its_stages_too(fleet: Fleet) -> None:
+    for path, body in (bodies(9530)[0], bodies(9540)[3]):  # other images, since a PD that has one waits for no encoder
+        record = record_of(fleet.split, body, path)
+        encoding = spans_of(record)[fleet.encoder.url]
+        # Its answer may come after that of the PD, which has the embedding from it before.
+        assert encoding >= {"preprocess", "encode"} or encoding == {"open call"}, path
+        assert {"await encoder", *encoding} <= {span["name"] for span in record["spans"] if span.get("item") == 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_records_of_text_have_the_stages_of_the_instance(fleet: Fleet, stream: bool) -> None:
+    some = [
+        (MESSAGES_PATH, messages(user(QUESTION, kind="text"))),
+        (RESPONSES_PATH, responses(user(QUESTION, kind="input_text"))),
+    ]
+    for path, body in some:
+        record = record_of(fleet.split, body | {"stream": stream}, path)
+        assert spans_of(record)[fleet.pd.url] == {"prepare", "queue", "prefill", "decode"}, path
+        assert record["covered"] >= 0.98
+        check_first_token(record)
+
+
+def test_a_batch_of_chats_has_the_stages_of_the_one_that_answers_first(fleet: Fleet) -> None:
+    chats = [[{"role": "user", "content": text}] for text in (QUESTION, "who are you?")]
+    body = {"model": MODEL, "messages": chats, "temperature": 0, "max_tokens": 4}
+    record = record_of(fleet.split, body, "/v1/chat/completions/batch")
+    assert spans_of(record)[fleet.pd.url] == {"prepare", "queue", "prefill", "decode"}
+    assert record["covered"] >= 0.98
+
+
+def check_first_token(record: Any) -> None:
+    """Check that the first token came when the prompt was computed, and that decoding began with it."""
+    first = record["first_token_seconds"]
+    prefilled = max(span["end"] for span in record["spans"] if span["name"] == "prefill")
+    (decode,) = [span for span in record["spans"] if span["name"] == "decode"]
+    assert prefilled <= first + 1e-6
+    assert decode["start"] == pytest.approx(first)
 
 
 def test_tokens_are_counted_without_an_encoder(fleet: Fleet) -> None:

@@ -23,7 +23,7 @@ from chiasm.media import identifier
 from chiasm.proxy.handover_engines import vllm_prefill_body
 from tests.store_server import StoreServer, running
 
-from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode, spans_of
+from .fleet import WAIT_SECONDS, Answer, ask, ask_all, bodies, front, images, prefill_and_decode, record_of, spans_of
 from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
 from .test_doctor import examine
 from .wire import Body, chat, image_bytes, image_part
@@ -184,9 +184,9 @@ def test_streams(fleet: Fleet, way: str) -> None:
 def test_records_have_the_stages_of_language_instances(fleet: Fleet, stream: bool) -> None:
     body = fleet.bodies[2] | {"stream": stream}
     language = {"prepare", "queue", "prefill"}
-    spans = spans_of(fleet.split, body)
+    spans = spans_of(record_of(fleet.split, body))
     assert spans[fleet.pd.url] >= language | {"decode"}
-    apart = spans_of(fleet.split_twice, body)
+    apart = spans_of(record_of(fleet.split_twice, body))
     assert apart[fleet.prefill.url] >= language
     assert apart[fleet.decode.url] >= {"prepare", "kv", "prefill", "decode"}
     assert not {"call", "encode call"} & set().union(*spans.values(), *apart.values())

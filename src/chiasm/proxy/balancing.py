@@ -224,9 +224,9 @@ class Balancer:
                 full.clear()
 
     async def _call(self, instance: Instance, job: Job, make_body: Callable[[bytes], bytes]) -> Call:
-        job.trail.passed("place")
         body = make_body(await job.body_for(instance))
         job.note_instance(instance)
+        job.trail.passed("place")
         trail = job.trail.call_language(instance.address, instance.role)
         try:
             call = await self._upstream.post(instance.url, job.path, body, job.headers())

@@ -159,12 +159,11 @@ class Encoders:
             if waiting:
                 raise self._too_late(flights.values())
         finally:
-            for flight in flights.values():
+            for name, flight in flights.items():
+                if (encoded := flight.for_trail) is not None:
+                    job.trail.encoded(name, asked_at, encoded)
                 self._leave(flight, job)
             self._feed()
-        for name, flight in flights.items():
-            if flight.encoded is not None:
-                job.trail.encoded(name, asked_at, flight.encoded)
         job.published_at = {**job.published_at, **{name: flight.published_at for name, flight in flights.items()}}
         return flights
 

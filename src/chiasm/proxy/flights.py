@@ -13,7 +13,7 @@ from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import Feed
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
-from chiasm.proxy.records.trail import EncodedAt
+from chiasm.proxy.records.trail import EncodedAt, EncoderCall
 from chiasm.proxy.upstream import RefusedError
 from chiasm.proxy.waiting import none_healthy
 from chiasm.wire import Role
@@ -46,6 +46,14 @@ class Flight:
         """Since when no healthy encoder may get it."""
         self.refusal: RefusedError | None = None
         """With what the last encoder that failed has answered, if it has."""
+
+    @property
+    def for_trail(self) -> EncodedAt | None:
+        """By which call it was encoded, or by which it is expected; None while it waits."""
+        if self.encoded is not None or not self.calls:
+            return self.encoded
+        call = self.calls[0]
+        return EncodedAt(EncoderCall(call.instance.address, call.started_at, None), call.flights.index(self))
 
 
 class Call:

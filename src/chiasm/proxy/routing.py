@@ -191,6 +191,7 @@ class Router:
             others = [one for one in self._fleet.healthy(*roles) if not one.takes_names_at(job.path)]
             await self._answer(job, started, self._send_back_as_it_is, others)
             return
+        job.trail.passed("ready")
         if job.request.media:
             check_unnamed(job.path, job.request)
             roles = (Role.AGGREGATED,)

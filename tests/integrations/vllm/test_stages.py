@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.http.timing import TimingEntry, read_timing
+from chiasm.integrations.vllm import stages as stages_module
 from chiasm.integrations.vllm.messages import WAITS
 from chiasm.integrations.vllm.stages import Stages
 from chiasm.integrations.vllm.waits import Wait
@@ -49,6 +50,9 @@ class VLLM:
     """What the engine hands out, and at what time the server has it."""
     prompt: Any = None
     params: Any = field(default_factory=SimpleNamespace)
+    pools: bool = False
+    before: Sequence[Message] = ()
+    """What the application sends between the head and the first output, as the API of responses does."""
     headers: list[tuple[bytes, bytes]] = field(default_factory=lambda: STREAM)
     prepared_at: float = 1.0
     log_stats: bool = True
@@ -57,9 +61,17 @@ class VLLM:
     handed_out: list[Any] = field(default_factory=list)
     """Outputs as the application gets them."""
 
-    async def generate(
+    def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0
     ) -> AsyncGenerator[Any, None]:
+        return self._outputs()
+
+    def encode(
+        self, prompt: Any, pooling_params: Any, request_id: str, *, priority: int = 0
+    ) -> AsyncGenerator[Any, None]:
+        return self._outputs()
+
+    async def _outputs(self) -> AsyncGenerator[Any, None]:
         try:
             for at, one in self.outputs:
                 self.clock.now = at
@@ -70,6 +82,8 @@ class VLLM:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.clock.now = self.prepared_at
         await send({"type": "http.response.start", "status": 200, "headers": self.headers})
+        for message in self.before:
+            await send(message)
         for generated in [self._generated(number) for number in range(self.generations)]:
             async for one in generated:
                 self.handed_out.append(one)
@@ -79,13 +93,19 @@ class VLLM:
 
     def _generated(self, number: int) -> AsyncIterator[Any]:
         client: Any = self
-        generated: AsyncIterator[Any] = client.generate(self.prompt, self.params, f"chat-{number}", priority=1)
+        if self.pools:  # with names, as vLLM calls it
+            generated: AsyncIterator[Any] = client.encode(
+                request_id=f"pool-{number}", prompt=self.prompt, pooling_params=self.params
+            )
+        else:
+            generated = client.generate(self.prompt, self.params, f"chat-{number}", priority=1)
         return generated
 
 
-def serve(vllm: VLLM, ec: SimpleNamespace | None = None) -> Stages:
+def serve(vllm: VLLM, ec: SimpleNamespace | None = None, *, runner: str = "generate") -> Stages:
     stages = Stages(vllm.clock)
-    stages.watch(SimpleNamespace(engine_client=vllm, vllm_config=SimpleNamespace(ec_transfer_config=ec)))
+    config = SimpleNamespace(ec_transfer_config=ec, model_config=SimpleNamespace(runner_type=runner))
+    stages.watch(SimpleNamespace(engine_client=vllm, vllm_config=config))
     return stages
 
 
@@ -207,6 +227,57 @@ async def test_a_request_of_several_prompts_tells_the_stages_of_the_first_to_ans
     assert "prompt_tokens" not in {one.name for one in entries}
 
 
+def piece(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+async def test_what_a_stream_has_before_its_first_token_comes_with_it() -> None:
+    """As the events by which the API of responses says that it has begun."""
+    vllm = VLLM(Clock(), [(4.0, output(2.0, 3.5)), (5.0, output(2.0, 3.5, 4.5))], TEXT)
+    vllm.before = [piece(b"created"), piece(b"in progress")]
+    sent: list[tuple[float, object]] = []
+    entries = await answer(serve(vllm), vllm, lambda message: sent.append((vllm.clock.now, message.get("body"))))
+    assert sent[:4] == [(4.0, None), (4.0, b"created"), (4.0, b"in progress"), (4.0, b"data: a\n\n")]
+    assert told(entries)["ttft"] == (4.0, None)
+
+
+async def test_what_comes_before_the_first_token_is_held_back_up_to_a_bound() -> None:
+    vllm = VLLM(Clock(), [(4.0, output(2.0, 3.5))], TEXT, before=[piece(b"x" * (1 << 20))] * 6)
+    sent: list[float] = []
+    assert await answer(serve(vllm), vllm, lambda message: sent.append(vllm.clock.now)) == []
+    assert sent[:7] == [1.0] * 7
+
+
+async def test_a_stream_whose_engine_tells_no_times_comes_as_it_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither one of another version of vLLM, nor one that the engine gives up before it has run."""
+    for first in (SimpleNamespace(metrics=SimpleNamespace()), output(-AHEAD, 4.0)):
+        vllm = VLLM(Clock(), [(4.0, first), (5.0, first)], TEXT)
+        sent: list[float] = []
+        await answer(serve(vllm), vllm, lambda message, now=vllm.clock, to=sent: to.append(now.now))  # type: ignore[misc]
+        assert sent == [4.0, 4.0, 5.0, 5.0]
+
+
+async def test_a_stream_that_ends_without_an_output_is_not_held_back() -> None:
+    """vLLM sends an error as an event, and what ends the stream after it."""
+    vllm = VLLM(Clock(), [], TEXT, before=[piece(b"error")])
+    sent: list[Message] = []
+    assert await answer(serve(vllm), vllm, sent.append) == []
+    assert [one.get("body") for one in sent] == [None, b"error", b"end"]
+
+
+async def test_a_prompt_that_is_pooled_tells_when_that_was_done_and_no_token() -> None:
+    vllm = VLLM(Clock(), [(4.0, output(2.0, 3.5))], TEXT, params=None, headers=JSON, pools=True)
+    entries = await answer(serve(vllm), vllm)
+    assert told(entries) == {
+        "queue": (1.5, 1.0),
+        "wait": (0.0, None),
+        "prefill": (1.5, 2.5),
+        "pooled": (4.0, None),
+        "total": (4.0, None),
+    }
+    assert {one.name for one in entries if one.seconds is None} == {"prompt_tokens", "cached_tokens"}
+
+
 async def test_a_request_that_failed_before_it_ran_tells_nothing() -> None:
     vllm = VLLM(Clock(), [(4.0, output(-AHEAD, 4.0))], TEXT)
     assert await answer(serve(vllm), vllm) == []
@@ -229,6 +300,16 @@ async def test_a_server_that_keeps_no_times_says_so_at_start(caplog: pytest.LogC
     stages = serve(vllm)
     assert "--disable-log-stats" in caplog.text
     assert await answer(stages, vllm) == []
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+async def test_a_server_that_pools_tells_stages_if_the_times_are_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, are_kept: bool
+) -> None:
+    monkeypatch.setattr(stages_module, "keep_times", lambda: are_kept)
+    vllm = VLLM(Clock(), [(4.0, output(2.0, 4.0))], TEXT, headers=JSON, pools=True)
+    entries = await answer(serve(vllm, runner="pooling"), vllm)
+    assert ("pooled" in told(entries), "keeps no times" in caplog.text) == (are_kept, not are_kept)
 
 
 async def test_an_answer_that_is_given_up_ends_in_the_engine_as_well() -> None:

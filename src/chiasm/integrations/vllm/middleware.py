@@ -48,6 +48,7 @@ from chiasm.wire import (
     DRAINING,
     IMAGE_PATHS,
     LOST_PATH,
+    OTHER_PATHS,
     PLACES_PATH,
     AwaitedEmbeddings,
     DrainState,
@@ -72,7 +73,7 @@ class ChiasmMiddleware:
 
     When vLLM is asked to end, it lets what runs end first (``shutdown.py``). It also keeps texts from naming the place of an
     image, refuses bodies of completions that are larger or say more than chiasm's own instances take (``bodies.py``),
-    explains the error of a request that failed for lack of an embedding, and tells where the time of a completion went
+    explains the error of a request that failed for lack of an embedding, and tells where the time of an answer went
     (``stages.py``).
 
     Only processes of the fleet (``http/fleet_calls.py``; the key is in CHIASM_FLEET_KEY) may name images and embeddings, hand
@@ -127,8 +128,8 @@ class ChiasmMiddleware:
             await self._stages.run(self._chat, scope, receive, send)
         elif (method, path) == ("POST", COMPLETIONS_PATH):
             await self._stages.run(self._completion, scope, receive, send)
-        elif method == "POST" and path in IMAGE_PATHS and caller_of(scope).is_of_fleet:
-            await self._other(scope, receive, send)
+        elif method == "POST" and path in OTHER_PATHS and caller_of(scope).is_of_fleet:
+            await self._stages.run(self._other if path in IMAGE_PATHS else self._app, scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
         else:

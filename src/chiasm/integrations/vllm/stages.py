@@ -1,9 +1,10 @@
 """Where the time of a request to vLLM went, told in ``Server-Timing`` as chiasm's own instances tell it.
 
 vLLM keeps for each request when its engine began to compute it and when the first token was there, and hands that out with
-the outputs of ``generate``, through which every answer comes. The outputs are watched on their way; the head of an answer is
-held back until its first bytes, which come with the first token, and says then what is known. The engine adds how long the
-request waited for embeddings (``waits.py``).
+the outputs of ``generate``, through which every answer comes; of a model that pools, with those of ``encode``. The outputs are
+watched on their way. The head of an answer is held back until the first bytes that the application sends after the first
+output, and says then what is known; so is what a stream of responses has before. The engine adds how long the request waited
+for embeddings (``waits.py``).
 
 The clocks of server and engine aren't compared: the first token is the instant that both know.
 """
@@ -17,12 +18,13 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.integrations.vllm.engines import ask_engines
 from chiasm.integrations.vllm.messages import WAITS_METHOD
+from chiasm.integrations.vllm.pooling_times import keep_times
 from chiasm.integrations.vllm.settings import settings_of
 from chiasm.integrations.vllm.waits import Wait, take_waits
 
@@ -30,6 +32,9 @@ _logger = logging.getLogger(__name__)
 _MAX_IMAGES = 64
 """Of a call of an encoder, whose stages are told."""
 _STREAM = "text/event-stream"
+_MAX_HELD_BYTES = 4 << 20
+"""Of a stream, that wait for the first token. The API of responses sends the settings of the request twice before."""
+_UNKNOWN = "vLLM keeps no times of requests (--disable-log-stats, or a version that chiasm doesn't know)"
 _current: ContextVar[RequestStages | None] = ContextVar("chiasm_stages", default=None)
 """The request that the code which runs now answers."""
 
@@ -46,24 +51,26 @@ class Stages:
     def watch(self, state: Any) -> None:
         """Watch the engine of vLLM's application with this ``state``, which is about to start."""
         client: Any = getattr(state, "engine_client", None)
-        generate = getattr(client, "generate", None)
-        if generate is None or not getattr(client, "log_stats", False):
-            self._give_up(
-                "vLLM keeps no times of requests (--disable-log-stats, or a version that chiasm doesn't know)"
-            )
+        generate, encode = getattr(client, "generate", None), getattr(client, "encode", None)
+        if generate is None or encode is None or not getattr(client, "log_stats", False):
+            self._give_up(_UNKNOWN)
             return
-        transfer = state.vllm_config.ec_transfer_config
+        config = state.vllm_config
+        if getattr(config.model_config, "runner_type", "") == "pooling" and not keep_times():
+            self._give_up(_UNKNOWN)
+            return
+        transfer = config.ec_transfer_config
         self._encodes = transfer is None or transfer.is_ec_producer
         self._computes_prompts = transfer is None or transfer.is_ec_consumer
 
-        def watched(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        def generating(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             outputs = generate(prompt, sampling_params, *args, **kwargs)
-            request = _current.get()
-            if request is not None:
-                request.begin(prompt, sampling_params)
-            return self._outputs(outputs, request)
+            return self._watched(outputs, prompt, sampling_params)
 
-        client.generate = watched
+        def pooling(prompt: Any, pooling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            return self._watched(encode(prompt, pooling_params, *args, **kwargs), prompt, None)
+
+        client.generate, client.encode = generating, pooling
         self.are_told = True
 
     async def ask_for_waits(self, state: Any) -> None:
@@ -87,10 +94,19 @@ class Stages:
         finally:
             _current.reset(token)
 
+    def _watched(
+        self, outputs: AsyncGenerator[Any, None], prompt: Any, sampling_params: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Return the outputs of a prompt; without ``sampling_params`` it is pooled."""
+        request = _current.get()
+        if request is not None:
+            request.begin(prompt, sampling_params)
+        return self._outputs(outputs, request)
+
     async def _outputs(
         self, outputs: AsyncGenerator[Any, None], request: RequestStages | None
     ) -> AsyncGenerator[Any, None]:
-        """Yield the outputs (vLLM's ``RequestOutput``) as they come."""
+        """Yield the outputs (vLLM's ``RequestOutput`` or ``PoolingRequestOutput``) as they come."""
         if request is not None:
             request.hand_over()
         async with aclosing(outputs):
@@ -120,16 +136,23 @@ class RequestStages:
         self._computes_prompts = computes_prompts
         self._arrival = clock()
         self._generations = 0
-        self._has_items = self._gets_kv = False
+        self._has_items = self._gets_kv = self._is_pooled = False
         self._handed_over = 0.0
-        self._head: Message | None = None
+        self._has_output = self._is_stream = False
+        self._held: list[Message] | None = []
+        """The head, and what follows it before the first output; None once the head is sent."""
+        self._held_bytes = 0
         self._entries: list[TimingEntry] = []
 
     # ---- from the engine ----------------------------------------------------------------------------------------------
 
     def begin(self, prompt: Any, sampling_params: Any) -> None:
-        """Note that something is generated for the request: for each of its prompts, of which the first to answer is told."""
+        """Note that something is computed for the request: for each of its prompts, of which the first to answer is told.
+
+        Without ``sampling_params`` nothing is generated.
+        """
         self._generations += 1
+        self._is_pooled = sampling_params is None
         self._has_items = isinstance(prompt, Mapping) and bool(prompt.get("mm_placeholders"))
         extra = getattr(sampling_params, "extra_args", None)
         transfer = extra.get("kv_transfer_params") if isinstance(extra, Mapping) else None
@@ -141,6 +164,7 @@ class RequestStages:
 
     def note(self, output: Any, waits: Sequence[Wait]) -> None:
         """Note the first output of a prompt, which may be the last as well."""
+        self._has_output = True
         times = output.metrics
         if self._entries or not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
             return  # another was first, or it has failed before it ran
@@ -177,7 +201,7 @@ class RequestStages:
         ]
 
     def _of_prompt(self, waits: Sequence[Wait], prefill: float, token: float) -> list[TimingEntry]:
-        """Return the stages of a language instance up to the first token."""
+        """Return the stages of a language instance up to the first token, or until its prompt is pooled."""
         before = sum(wait.ended - wait.began for wait in waits if wait.began < prefill)
         after = sum(wait.ended - wait.began for wait in waits) - before
         queue_seconds = max(0.0, prefill - self._handed_over - before)
@@ -193,7 +217,7 @@ class RequestStages:
             TimingEntry("queue", queue_seconds, at=self._handed_over),
             TimingEntry("wait", before + after),
             TimingEntry("prefill", computed, at=prefill),
-            TimingEntry("ttft", token),
+            TimingEntry("pooled" if self._is_pooled else "ttft", token),
             *(TimingEntry("stall", wait.ended - wait.began, at=wait.began) for wait in waits),
             *(
                 TimingEntry(f"item{item}", ended - self._handed_over, "waited", at=self._handed_over)
@@ -204,21 +228,28 @@ class RequestStages:
     # ---- to the proxy ---------------------------------------------------------------------------------------------------
 
     async def send(self, message: Message) -> None:
-        """Send what the application answers, the head together with the first bytes."""
-        if message["type"] == "http.response.start":
-            self._head = message
+        """Send what the application answers, the head together with the first bytes after the first output."""
+        if self._held is None:
+            await self._send(message)
             return
-        head, self._head = self._head, None
-        if head is not None:
-            if self._entries:
-                self._tell(MutableHeaders(scope=head))
-            await self._send(head)
-        await self._send(message)
+        self._held.append(message)
+        if self._can_wait(message):
+            return
+        held, self._held = self._held, None
+        if self._entries:
+            total = [] if self._is_stream else [TimingEntry("total", self._now())]
+            MutableHeaders(scope=held[0]).append("server-timing", write_timing([*self._entries, *total]))
+        for one in held:
+            await self._send(one)
 
-    def _tell(self, headers: MutableHeaders) -> None:
-        is_whole = not headers.get("content-type", "").startswith(_STREAM)
-        total = [TimingEntry("total", self._now())] if is_whole else []
-        headers.append("server-timing", write_timing([*self._entries, *total]))
+    def _can_wait(self, message: Message) -> bool:
+        """Whether more will be sent, and this can wait for it."""
+        if message["type"] == "http.response.start":
+            self._is_stream = Headers(scope=message).get("content-type", "").startswith(_STREAM)
+            return True
+        self._held_bytes += len(message.get("body", b""))
+        is_last = not message.get("more_body", False)
+        return self._is_stream and not is_last and not self._has_output and self._held_bytes <= _MAX_HELD_BYTES
 
     def _now(self) -> float:
         return self._clock() - self._arrival

@@ -18,7 +18,7 @@ from chiasm.wire import Role
 PROXY = "proxy"
 WAITS = frozenset({"read", "ready", "place", "await encoder", "queue", "wait"})
 """Stages in which nothing is done for the request."""
-WAYS = frozenset({"send", "return", "answer", "transfer", "kv", "first token"})
+WAYS = frozenset({"send", "return", "answer", "transfer", "kv", "first token", "open call"})
 """Stages in which something is on its way, or waits to be noticed."""
 _SHORTEST = 1e-6
 _ITEM_STAGES = ("preprocess", "encode", "publish")
@@ -60,7 +60,8 @@ class Timeline(NamedTuple):
     spans: list[Span]
     """In order of their starts."""
     first_token: float | None
-    """When the client had the first token; in an answer that isn't a stream, when it was there. None without an answer."""
+    """When the client had the first token; in an answer that isn't a stream, when it was there. Of an answer without tokens,
+    when the client had its first bytes; None without an answer."""
     end: float
 
     def covered(self) -> float | None:
@@ -80,11 +81,14 @@ def timeline_of(record: Record) -> Timeline:
     """Return a record's timeline."""
     end, trail = record.seconds, record.trail
     spans = [Span(step.name, PROXY, step.began - record.arrival, step.ended - record.arrival) for step in trail.steps]
-    for index, (began, ended) in trail.fetches.items():
-        spans.append(Span("fetch", PROXY, began - record.arrival, ended - record.arrival, index))
-    indices = {name: index for index, name in reversed(list(enumerate(trail.identifiers)))}
+    for number, (began, ended) in trail.fetches.items():
+        spans.append(Span("fetch", PROXY, began - record.arrival, ended - record.arrival, number))
+    indices = {name: number for number, name in reversed(list(enumerate(trail.identifiers)))}
+    arrivals = list(_arrivals(trail.calls, record.arrival))
     for item in trail.items:
-        spans += _of_item(item, indices.get(item.identifier), record.arrival)
+        index = indices.get(item.identifier)
+        arrived = min((one.end for one in arrivals if one.item == index), default=end)
+        spans += _of_item(item, index, record.arrival, arrived)
     first = None if record.first_at is None else record.first_at - record.arrival
     answered = [call for call in trail.calls if call.answered_at is not None]
     giver = _giver(answered, record.first_at)
@@ -93,8 +97,10 @@ def timeline_of(record: Record) -> Timeline:
         spans += found
         if call is giver and token_at is not None and first is not None:
             first = min(first, token_at)
-    spans += _transfers(spans, trail.calls, record.arrival)
-    if answered and first is not None and first < end:
+    published = {span.item: span.end for span in spans if span.name in _LAST_OF_ENCODER}
+    spans += (one._replace(start=published[one.item]) for one in arrivals if one.item in published)
+    has_tokens = answered and duration_of(read_timing(answered[-1].timing), "pooled") is None
+    if has_tokens and first is not None and first < end:
         spans.append(Span("decode", answered[-1].instance, first, end))
     kept = (span._replace(start=max(0.0, span.start), end=min(end, span.end)) for span in spans)
     return Timeline(sorted((span for span in kept if span.seconds > _SHORTEST), key=lambda one: one.start), first, end)
@@ -106,11 +112,18 @@ def _giver(answered: Sequence[LanguageCall], first_at: float | None) -> Language
     return before[-1] if before else None
 
 
-def _of_item(item: ItemTrail, index: int | None, arrival: float) -> Iterator[Span]:
-    """Yield how an image came to an encoder and was encoded there."""
+def _of_item(item: ItemTrail, index: int | None, arrival: float, arrived: float) -> Iterator[Span]:
+    """Yield how an image came to an encoder and was encoded there.
+
+    ``arrived`` is when its embedding was where it was waited for: so far a call is shown that had yet to answer.
+    """
     call = item.encoded.call
-    sent, answered = call.sent_at - arrival, call.answered_at - arrival
+    sent = call.sent_at - arrival
     yield Span("await encoder", PROXY, item.asked_at - arrival, sent, index)
+    if call.answered_at is None:
+        yield Span("open call", call.instance, sent, arrived, index)
+        return
+    answered = call.answered_at - arrival
     entries = read_timing(call.timing)
     total = duration_of(entries, "total")
     if total is None:
@@ -135,25 +148,27 @@ def _of_item(item: ItemTrail, index: int | None, arrival: float) -> Iterator[Spa
 def _of_call(call: LanguageCall, arrival: float, end: float, first: float | None) -> tuple[list[Span], float | None]:
     """Return the spans of a call of a language instance up to its first token, and when that was if the answer was whole.
 
-    ``first`` is when the client had the first bytes, if this call gave them.
+    Of an answer without tokens there are those up to its first bytes. ``first`` is when the client had the first bytes, if this
+    call gave them.
     """
     sent = call.sent_at - arrival
     if call.answered_at is None:
         return [Span("lost call", call.instance, sent, end)], None
     answered = call.answered_at - arrival
+    received = answered if first is None else first
     entries = read_timing(call.timing)
-    ttft, total = duration_of(entries, "ttft"), duration_of(entries, "total")
-    if ttft is None:
-        return [Span("call", call.instance, sent, answered if first is None else first)], None
-    begin, ended = _placed(sent, answered, ttft if total is None else total)
-    token = begin + ttft
+    ttft, pooled, total = (duration_of(entries, name) for name in ("ttft", "pooled", "total"))
+    computed = ttft if pooled is None else pooled
+    if computed is None:
+        return [Span("call", call.instance, sent, received)], None
+    begin, ended = _placed(sent, answered, computed if total is None else total)
+    token = begin + computed
     spans = [Span("send", PROXY, sent, begin), *_at_language(call, entries, begin, token)]
-    if total is not None and first is None:  # another instance goes on
-        spans += [Span("answer", call.instance, token, ended), Span("return", PROXY, ended, answered)]
-    if total is not None:
-        return spans, token
-    spans.append(Span("first token", PROXY, token, answered if first is None else first))
-    return spans, None
+    if pooled is None and total is None:
+        return [*spans, Span("first token", PROXY, token, received)], None
+    if pooled is not None or first is None:  # there is no token, or another instance goes on
+        spans += [Span("answer", call.instance, token, ended), Span("return", PROXY, ended, received)]
+    return spans, token if pooled is None else None
 
 
 def _at_language(call: LanguageCall, entries: Sequence[TimingEntry], begin: float, token: float) -> Iterator[Span]:
@@ -191,9 +206,8 @@ def _running(where: str, start: float, end: float, prefill_at: float) -> Iterato
     yield Span("prefill", where, max(start, prefill_at), end)
 
 
-def _transfers(spans: Sequence[Span], calls: Iterable[LanguageCall], arrival: float) -> Iterator[Span]:
-    """Yield how embeddings came from the encoders to the language instance that waited for them."""
-    published = {span.item: span.end for span in spans if span.name in _LAST_OF_ENCODER}
+def _arrivals(calls: Iterable[LanguageCall], arrival: float) -> Iterator[Span]:
+    """Yield the way of each embedding to the language instance that waited for it, of which only the end is known here."""
     for call in calls:
         if call.answered_at is None or call.role == Role.DECODE:
             continue
@@ -206,8 +220,7 @@ def _transfers(spans: Sequence[Span], calls: Iterable[LanguageCall], arrival: fl
             number = one.name.removeprefix("item")
             if one.description != "waited" or one.at is None or one.seconds is None or not number.isdecimal():
                 continue
-            if (start := published.get(int(number))) is not None:
-                yield Span("transfer", call.instance, start, begin + one.at + one.seconds, int(number))
+            yield Span("transfer", call.instance, 0.0, begin + one.at + one.seconds, int(number))
 
 
 def _placed(sent: float, answered: float, seconds: float) -> tuple[float, float]:

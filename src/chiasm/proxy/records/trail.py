@@ -20,17 +20,18 @@ _MAX_REPORT_CHARACTERS = 64 << 10
 
 
 class EncoderCall(NamedTuple):
-    """One answered call of an encoder."""
+    """One call of an encoder."""
 
     instance: str
     sent_at: float
-    answered_at: float
-    timing: str
+    answered_at: float | None
+    """None if the request ended before: an instance may have an embedding before the encoder has answered."""
+    timing: str = ""
     """Its ``Server-Timing``; empty if it has none."""
 
 
 class EncodedAt(NamedTuple):
-    """The call that encoded an image, and the image's place in it."""
+    """The call that encoded an image, or had yet to answer, and the image's place in it."""
 
     call: EncoderCall
     place: int
@@ -97,7 +98,7 @@ class Trail:
         self._last = time.monotonic()
 
     def encoded(self, identifier: str, asked_at: float, encoded: EncodedAt) -> None:
-        """Note that an embedding is published."""
+        """Note that an embedding is published, or that the request ends before its encoder has said so."""
         if len(self.items) < _MAX_ITEMS and self._has_room(encoded.call.timing):
             self.items.append(ItemTrail(identifier, asked_at, encoded))
 
