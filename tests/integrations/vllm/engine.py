@@ -17,7 +17,7 @@ import torch
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorMetadata, ECConnectorRole, ECTransferRole
 from chiasm.ec_transfer.entry_file import InvalidEntryError, open_entry
-from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
+from chiasm.ec_transfer.pins import PinnedMetadata
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import StepMetadata, StepReport
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf
@@ -141,8 +141,8 @@ class Step:
 def far(metadata: StepMetadata) -> StepMetadata:
     """Return the message as a worker on another host gets it: the scheduler's copies of entries are out of its reach."""
     loads = pickle.loads(pickle.dumps(metadata.loads))
-    assert isinstance(loads, SharedStorageMetadata)
-    return replace(metadata, loads=SharedStorageMetadata(loads.loads))
+    assert isinstance(loads, PinnedMetadata)
+    return replace(metadata, loads=PinnedMetadata(loads.loads))
 
 
 class _Place(NamedTuple):
