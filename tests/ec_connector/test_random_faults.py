@@ -120,7 +120,7 @@ class Turmoil:
         self._encoders[which] = self._encoder()
 
     def _evict(self) -> None:
-        self._chance.choice(self._encoders).worker.discard(identifier_of(self._chance.choice(NAMES)), "of chance")
+        self._chance.choice(self._encoders).holding.discard(identifier_of(self._chance.choice(NAMES)), "of chance")
 
     def _cut(self) -> None:
         """End a connection to an encoder as a network does. Those that UCX makes for itself are its own matter."""
@@ -135,7 +135,7 @@ class Turmoil:
     def _reject(self) -> None:
         name = identifier_of(self._chance.choice(self.wanted))
         self._model.memory.pop(name, None)
-        self._model.worker.discard(name, "of chance")
+        self._model.scheduler.discard(name, "of chance")
 
     def _mislead(self) -> None:
         self._model.scheduler.expect({identifier_of(self._chance.choice(NAMES)): self._gone[0]})
@@ -176,7 +176,7 @@ class Turmoil:
 
 
 def _takes_all_memory(encoder: Encoder) -> bool:
-    rows = (encoder.worker.max_entry_bytes - HEADER_BYTES) // ROW_BYTES
+    rows = (encoder.holding.max_entry_bytes - HEADER_BYTES) // ROW_BYTES
     try:
         encoder.encode("big", embedding_of("big", rows=rows))
     except StorageError:
