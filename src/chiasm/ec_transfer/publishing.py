@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 1 << 12
 _MAX_WORKERS = 16
 ANSWER_SECONDS = 60.0
-"""How long the scheduler's process may take to answer. It looks nothing up and waits for nobody."""
+"""How long the scheduler's process may take to answer. It waits at most for another worker that writes the same entry."""
 _PAUSE_SECONDS = 1.0
 """After a connection that failed, as one does if no descriptor is left."""
 _CREDENTIALS = struct.Struct("3i")

@@ -186,13 +186,18 @@ class Engine:
         reach: Reach | None = None,
         max_bytes: int = 1 << 30,
         store: str = "",
+        *,
+        apart: bool = False,
     ) -> None:
-        """A path stands for settings with that folder; ``store`` is the URL of a shared cache."""
+        """A path stands for settings with that folder; ``store`` is the URL of a shared cache.
+
+        ``apart``: what passes between the halves is what passes between processes, as it always is with a folder.
+        """
         if isinstance(settings, Path):
             folder = {"shared_storage_path": settings}
             settings = Settings(wait_seconds=WAIT_SECONDS, max_bytes=max_bytes, connector_extra_config=folder)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
-        self._in_one_process = not settings.uses_folder
+        self._in_one_process = not settings.uses_folder and not apart
         config = settings.transfer_config(
             role,
             fingerprint=FINGERPRINT,
