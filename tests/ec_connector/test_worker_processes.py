@@ -15,7 +15,8 @@ import torch
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECTransferConfig, ECTransferRole
 from chiasm.ec_transfer.entry_file import HEADER_BYTES
-from chiasm.ec_transfer.peers import LandingConnector, PeerMetadata
+from chiasm.ec_transfer.intake import Stage
+from chiasm.ec_transfer.peers import LandingConnector, PeerConnector, PeerMetadata
 from chiasm.ec_transfer.publishing import Reserve
 from chiasm.errors import StorageError
 from tests.launch.waiting import eventually
@@ -99,6 +100,14 @@ def expected(*names: str) -> dict[str, bytes]:
     return {identifier_of(name): bytes_of(embedding_of(name, rows=ROWS)) for name in names}
 
 
+def stage_of(model: LanguageModel, name: str) -> Stage:
+    assert isinstance(model.scheduler, PeerConnector)
+    assert model.scheduler._reader is not None
+    wanted = model.scheduler._reader._table._intake.get(identifier_of(name))
+    assert wanted is not None
+    return wanted.stage
+
+
 def open_files() -> int:
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
@@ -143,6 +152,14 @@ def test_a_worker_that_is_late_loads_nothing_rather_than_something_else(
         assert worker.run(metadata) == expected("other 15")
 
 
+def test_a_pin_outlives_nothing(connector: str, encoder: Encoder, model: LanguageModel) -> None:
+    """Not even if the memory is free and has the bytes still."""
+    with worker_of(connector) as worker:
+        late = pickle.dumps(step_of(model, admit(model, encoder, "late", "cat")))
+        gc.collect()
+        assert worker.run(pickle.loads(late)) == {}
+
+
 def test_more_than_an_encoder_lends_is_copied(connector: str, encoder: Encoder, model: LanguageModel) -> None:
     """A step may hold more than the share of a memory that is lent; nothing waits for it."""
     with worker_of(connector) as worker:
@@ -154,6 +171,20 @@ def test_more_than_an_encoder_lends_is_copied(connector: str, encoder: Encoder, 
         for metadata in held:
             worker.run(metadata)
         assert worker.run(ECConnectorMetadata()) == expected(*map(str, range(7)))
+
+
+def test_what_the_engine_has_is_not_brought_again_until_it_asks(
+    connector: str, encoder: Encoder, model: LanguageModel
+) -> None:
+    with worker_of(connector) as worker:
+        first = admit(model, encoder, "first", "cat")
+        worker.run(step_of(model, first))
+        model.scheduler.request_finished(first)
+        second = model.admit("second", "cat", rows=ROWS)
+        assert stage_of(model, "cat") is Stage.IDLE
+        worker.forget()
+        model.scheduler.expect({identifier_of("cat"): encoder.place})
+        assert worker.run(step_of(model, second)) == expected("cat")
 
 
 def test_memory_is_free_once_all_steps_are_over(connector: str, encoder: Encoder, model: LanguageModel) -> None:

@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -48,6 +49,10 @@ _WARM_BYTES = 128 << 20
 """What a holder touches ahead of its use, since the first touch of memory takes several times as long as a copy into it."""
 
 
+_MAX_TAKEN = 1 << 12
+"""How many are remembered; the oldest are forgotten, and would be brought again."""
+
+
 @dataclass(frozen=True)
 class PeerMetadata(PinnedMetadata[Arrived]):
     """What one step loads, and where a producer's workers publish, if they are other processes."""
@@ -80,6 +85,8 @@ class PeerConnector(ECConnector):
         self._noted: dict[str, Arrived] = {}
         self._in_use: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
         """Embeddings that the engine took and that something in this process still uses."""
+        self._taken: OrderedDict[str, None] = OrderedDict()
+        """Embeddings that workers elsewhere got, of which the engine hasn't said since that it needs them."""
         terms = Terms(
             PROTOCOL,
             PROTOCOL_VERSION,
@@ -184,7 +191,7 @@ class PeerConnector(ECConnector):
             Wish(
                 check_identifier(item.identifier),
                 item.length,
-                is_needed=item.offset + item.length > num_computed_tokens and item.identifier not in self._in_use,
+                is_needed=item.offset + item.length > num_computed_tokens and not self._engine_has(item.identifier),
             )
             for item in request.items
         ]
@@ -197,11 +204,16 @@ class PeerConnector(ECConnector):
         check_identifier(identifier)
         if identifier in self._noted:
             return True
+        self._taken.pop(identifier, None)
         if (
             tensor := self._in_use.get(identifier)
         ) is not None:  # the engine has given it up, and something still uses it
             self._reader.bring_back(identifier, Arrived(tensor, 0.0))
         return self._reader.ask(identifier)
+
+    def _engine_has(self, identifier: str) -> bool:
+        """Whether the engine still has an embedding that it took, as far as is known."""
+        return identifier in self._in_use or identifier in self._taken
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         ready = None if self._reader is None else self._reader.ready(check_identifier(identifier))
@@ -225,6 +237,10 @@ class PeerConnector(ECConnector):
             self._noted[identifier] = arrived
             if not self.config.separate_processes:
                 self._in_use[identifier] = arrived.tensor
+            else:
+                self._taken[identifier] = None
+                if len(self._taken) > _MAX_TAKEN:
+                    self._taken.popitem(last=False)
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         noted, self._noted = self._noted, {}
@@ -286,6 +302,7 @@ class PeerConnector(ECConnector):
     def reject(self, identifier: str, reason: str) -> None:
         """Scheduler role: what came is of no use. ``reason`` is for the log."""
         self._in_use.pop(identifier, None)
+        self._taken.pop(identifier, None)
         if self._reader is not None:
             self._reader.reject(identifier, reason)
 
