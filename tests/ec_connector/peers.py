@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import pickle
 import threading
 from typing import Any
@@ -17,7 +20,8 @@ from chiasm.ec_transfer import (
     ECTransferRole,
 )
 from chiasm.ec_transfer.intake import Stage
-from chiasm.ec_transfer.peers import PeerConnector
+from chiasm.ec_transfer.peers import LandingConnector, PeerConnector
+from chiasm.ec_transfer.sources import MappedSource
 from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import ECPlace
 
@@ -25,6 +29,39 @@ from .instance import Item, Request, embedding_of, identifier_of
 
 CONNECTORS = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
 PATIENCE_SECONDS = 30.0
+MEMORY = "memfd:chiasm-e"
+"""How the names of memory files for embeddings begin."""
+
+
+def memory_open(pid: int) -> int:
+    """Return how many descriptors of memory for embeddings a process has. Each holds its memory or a lock on some."""
+    found = 0
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            found += MEMORY in os.readlink(f"/proc/{pid}/fd/{descriptor}")
+    return found
+
+
+def memory_mapped(pid: int) -> int:
+    """Return how many mappings of such memory it has."""
+    with open(f"/proc/{pid}/maps") as maps:
+        return sum(MEMORY in line for line in maps)
+
+
+def keeps_nothing(scheduler: ECConnector) -> bool:
+    """Whether a consumer lends nothing any more, of its own memory and of encoders'.
+
+    That takes a moment: the thread that has brought something lets it go after it has woken the engine.
+    """
+    gc.collect()
+    assert isinstance(scheduler, PeerConnector)
+    if isinstance(scheduler, LandingConnector):
+        lent = [scheduler._landing._lent]
+    else:
+        assert scheduler._reader is not None
+        sources = [holder.source for holder in list(scheduler._reader._holders.values())]
+        lent = [source._lent for source in sources if isinstance(source, MappedSource)]
+    return all(one._has_room(0) and one._bytes == 0 for one in lent)
 
 
 class Peer:

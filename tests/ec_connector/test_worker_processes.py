@@ -22,7 +22,7 @@ from chiasm.errors import StorageError
 from tests.launch.waiting import eventually
 
 from .instance import Request, embedding_of, identifier_of
-from .peers import CONNECTORS, Encoder, LanguageModel
+from .peers import CONNECTORS, Encoder, LanguageModel, keeps_nothing, memory_mapped, memory_open
 from .workers import WorkerProcess, bytes_of
 
 ROWS = 1 << 11
@@ -108,11 +108,6 @@ def stage_of(model: LanguageModel, name: str) -> Stage:
     return wanted.stage
 
 
-def open_files() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
 # Consumers
 
 
@@ -142,8 +137,8 @@ def test_a_worker_that_is_late_loads_nothing_rather_than_something_else(
     """The memory of what the late step loads is in use again, for embeddings of the same size."""
     with worker_of(connector) as worker:
         late = pickle.dumps(step_of(model, admit(model, encoder, "late", "cat")))  # the metadata itself is gone
+        assert eventually(lambda: keeps_nothing(model.scheduler))
         encoder.holding.discard(identifier_of("cat"), "of no use")
-        gc.collect()
         for number in range(16):
             request = admit(model, encoder, str(number), f"other {number}")
             metadata = step_of(model, request)
@@ -156,7 +151,7 @@ def test_a_pin_outlives_nothing(connector: str, encoder: Encoder, model: Languag
     """Not even if the memory is free and has the bytes still."""
     with worker_of(connector) as worker:
         late = pickle.dumps(step_of(model, admit(model, encoder, "late", "cat")))
-        gc.collect()
+        assert eventually(lambda: keeps_nothing(model.scheduler))
         assert worker.run(pickle.loads(late)) == {}
 
 
@@ -189,7 +184,6 @@ def test_what_the_engine_has_is_not_brought_again_until_it_asks(
 
 def test_memory_is_free_once_all_steps_are_over(connector: str, encoder: Encoder, model: LanguageModel) -> None:
     with worker_of(connector) as worker:
-        shared_memory = set(os.listdir("/dev/shm"))
 
         def serve(number: int) -> None:
             request = admit(model, encoder, str(number), f"{number} a", f"{number} b")
@@ -198,16 +192,17 @@ def test_memory_is_free_once_all_steps_are_over(connector: str, encoder: Encoder
             worker.forget()
 
         serve(0)
-        before, theirs = open_files(), len(os.listdir(f"/proc/{worker.pid}/fd"))
+        assert eventually(lambda: keeps_nothing(model.scheduler))
+        before = memory_open(os.getpid())
         for number in range(1, 16):  # twice as much as there is memory
             serve(number)
-        assert eventually(lambda: open_files() <= before)
-        assert len(os.listdir(f"/proc/{worker.pid}/fd")) == theirs
+        assert eventually(lambda: keeps_nothing(model.scheduler))
+        assert memory_open(os.getpid()) <= before
         if isinstance(model.scheduler, LandingConnector):
             assert model.scheduler._landing.arena.used_bytes == 0
         assert eventually(lambda: encoder.holding.num_unfetched() == 0)
         encoder.encode("all", torch.empty((4 << 20) - HEADER_BYTES, dtype=torch.uint8))
-        assert set(os.listdir("/dev/shm")) <= shared_memory
+        assert memory_open(worker.pid) == memory_mapped(worker.pid) == 0
 
 
 def test_a_worker_that_is_killed_holds_nothing(connector: str, encoder: Encoder, model: LanguageModel) -> None:
@@ -220,9 +215,7 @@ def test_a_worker_that_is_killed_holds_nothing(connector: str, encoder: Encoder,
         assert other.run(metadata) == expected("cat")
     del metadata
     model.scheduler.request_finished(request)
-    gc.collect()
-    if isinstance(model.scheduler, LandingConnector):
-        assert model.scheduler._landing.arena.used_bytes == 0
+    assert eventually(lambda: keeps_nothing(model.scheduler))
     assert eventually(lambda: encoder.holding.num_unfetched() == 0)
     encoder.encode("all", torch.empty((4 << 20) - HEADER_BYTES, dtype=torch.uint8))
 
@@ -335,12 +328,17 @@ def test_before_the_first_step_nothing_is_published() -> None:
 
 
 def test_an_encoder_that_has_ended_leaves_nothing_open() -> None:
-    before, shared_memory = open_files(), set(os.listdir("/dev/shm"))
+    opened, mapped = memory_open(os.getpid()), memory_mapped(os.getpid())
     encoder = Encoder("TcpConnector", **SETTINGS)
+    metadata = encoder.scheduler.build_connector_meta()
+    assert isinstance(metadata, PeerMetadata)
+    assert metadata.publishing is not None
     with publishing_worker() as worker:
-        worker.run(encoder.scheduler.build_connector_meta(), saves=("cat", ROWS))
+        worker.run(metadata, saves=("cat", ROWS))
         encoder.encode("dog")
         encoder.close()
-    del encoder, worker
-    assert eventually(lambda: open_files() <= before)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    del encoder
+    gc.collect()
+    assert eventually(lambda: memory_open(os.getpid()) <= opened and memory_mapped(os.getpid()) <= mapped)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(metadata.publishing.socket)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from chiasm.ec_transfer.entry_file import bytes_of
 from chiasm.ec_transfer.stores import StoredEntry, open_store
 from chiasm.integrations.vllm.settings import Settings
 from chiasm.wire import EmbeddingPlaces
+from tests.ec_connector.peers import keeps_nothing
+from tests.launch.waiting import eventually
 
 from .engine import FINGERPRINT, LAYOUT, ROWS, WAIT_SECONDS, Engine, Request, embedding_of, identifier_of, request
 from .minimal import ENTRIES
@@ -204,7 +205,7 @@ def test_a_worker_that_comes_too_late_for_an_embedding_fails_its_request_alone(s
     step.metadata = pickle.loads(pickle.dumps(step.metadata))
     pair.pd.scheduler._pinned.clear()
     pair.encoder.scheduler_store.discard(identifier_of("a"), "of no use")
-    gc.collect()
+    assert eventually(lambda: keeps_nothing(pair.pd.scheduler_store))
     report = pair.pd.run(step)
     assert not pair.pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
     pair.pd.update(report=report)
