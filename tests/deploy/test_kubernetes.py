@@ -135,8 +135,7 @@ def test_helm_finds_nothing_wrong() -> None:
         ({"modle": "demo"}, "modle"),
         ({"engine": "vllm"}, "vLLM needs a model"),
         ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 0}}}, "instances.pd.gpus must be 1 or more"),
-        ({**LAYOUTS["vllm"], "instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
-        ({"instances": {"pd": {"gpus": 2}}}, "needs engine: vllm, and vllm.embeddingsClaim"),
+        ({"instances": {"pd": {"gpus": 2}}}, "several GPUs needs engine: vllm"),
         ({"vllm": {"embeddingsClaim": "embeddings"}}, "need engine: vllm"),
         (
             {"apiKeySecret": "keys", "autoscaling": {"kind": "keda", "prometheusUrl": "http://prometheus"}},

@@ -70,23 +70,29 @@ def address() -> HeldPort:
     return held
 
 
-@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize(("gpus", "has_claim"), [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize(
     ("roles", "role"), [*((_WHOLE, role) for role in _WHOLE), *((_APART, role) for role in _APART)]
 )
 def test_an_instance_gets_the_flags_and_variables_of_serve(
-    roles: tuple[Role, ...], role: Role, model_type: str, gpus: int, address: HeldPort, tmp_path: Path
+    roles: tuple[Role, ...],
+    role: Role,
+    model_type: str,
+    gpus: int,
+    has_claim: bool,
+    address: HeldPort,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     (tmp_path / "embeddings").mkdir()
     without_tower = {"withoutTower": model_type == "qwen2_5_vl"}
-    values = _values(roles, vllm={**without_tower, **(_CLAIM["vllm"] if gpus > 1 else {})}, deadlineSeconds=90)
+    values = _values(roles, vllm={**without_tower, **(_CLAIM["vllm"] if has_claim else {})}, deadlineSeconds=90)
     values["instances"][role] |= {"gpus": gpus, "cpus": 3}
     container = _deployments(values)[role]["containers"][0]
 
-    folder = {"shared_storage_path": Path("/embeddings/chiasm")} if gpus > 1 else {"connector": "TcpConnector"}
-    place = {"host": "$(POD_IP)", "port": 8100} if gpus == 1 and role is Role.ENCODER else {}
+    folder = {"shared_storage_path": Path("/embeddings/chiasm")} if has_claim else {"connector": "TcpConnector"}
+    place = {"host": "$(POD_IP)", "port": 8100} if not has_claim and role is Role.ENCODER else {}
     received = _ARENA_MI << 20 if role is not Role.ENCODER else None
     config = DeploymentConfig(
         str(tmp_path),
@@ -102,7 +108,7 @@ def test_an_instance_gets_the_flags_and_variables_of_serve(
     site = Site(address, placement, Path("/embeddings/chiasm"), _ARENA_MI << 20, side_channel, None)
     command = vllm.instance_command(config, tmp_path, role, site, found=_FOUND, kv_bytes=1)
     expected = _read(_flags_of_serve(command))
-    if gpus == 1 and role is not Role.ENCODER:  # it keeps nothing for others
+    if not has_claim and role is not Role.ENCODER:  # it keeps nothing for others
         del expected["--ec-transfer-config"]["ec_connector_extra_config"]["max_bytes"]
     assert _read(vllm_flags(container)) == expected
 

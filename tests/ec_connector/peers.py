@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import pickle
 import threading
 from typing import Any
 
 import torch
 
-from chiasm.ec_transfer import ECConnectorFactory, ECConnectorRole, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer import (
+    ECConnector,
+    ECConnectorFactory,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECTransferConfig,
+    ECTransferRole,
+)
 from chiasm.ec_transfer.intake import Stage
-from chiasm.ec_transfer.peers import PeerConnector
+from chiasm.ec_transfer.peers import LandingConnector, PeerConnector
+from chiasm.ec_transfer.sources import MappedSource
 from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import ECPlace
 
@@ -17,10 +29,43 @@ from .instance import Item, Request, embedding_of, identifier_of
 
 CONNECTORS = ("SharedMemoryConnector", "TcpConnector", "NixlConnector")
 PATIENCE_SECONDS = 30.0
+MEMORY = "memfd:chiasm-e"
+"""How the names of memory files for embeddings begin."""
+
+
+def memory_open(pid: int) -> int:
+    """Return how many descriptors of memory for embeddings a process has. Each holds its memory or a lock on some."""
+    found = 0
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            found += MEMORY in os.readlink(f"/proc/{pid}/fd/{descriptor}")
+    return found
+
+
+def memory_mapped(pid: int) -> int:
+    """Return how many mappings of such memory it has."""
+    with open(f"/proc/{pid}/maps") as maps:
+        return sum(MEMORY in line for line in maps)
+
+
+def keeps_nothing(scheduler: ECConnector) -> bool:
+    """Whether a consumer lends nothing any more, of its own memory and of encoders'.
+
+    That takes a moment: the thread that has brought something lets it go after it has woken the engine.
+    """
+    gc.collect()
+    assert isinstance(scheduler, PeerConnector)
+    if isinstance(scheduler, LandingConnector):
+        lent = [scheduler._landing._lent]
+    else:
+        assert scheduler._reader is not None
+        sources = [holder.source for holder in list(scheduler._reader._holders.values())]
+        lent = [source._lent for source in sources if isinstance(source, MappedSource)]
+    return all(one._has_room(0) and one._bytes == 0 for one in lent)
 
 
 class Peer:
-    """Both halves of one instance's connector."""
+    """Both halves of one instance's connector. With ``separate_processes=True`` they don't know each other."""
 
     def __init__(self, connector: str, role: ECTransferRole, **changes: Any) -> None:
         settings: dict[str, Any] = {"fingerprint": "5eed", "max_bytes": 8 << 20, "receive_bytes": 4 << 20} | changes
@@ -28,12 +73,21 @@ class Peer:
         config = ECTransferConfig(connector=connector, role=role, connector_extra_config=address, **settings)
         self.scheduler = ECConnectorFactory.create_connector(config, ECConnectorRole.SCHEDULER)
         self.worker = ECConnectorFactory.create_connector(config, ECConnectorRole.WORKER)
-        self.scheduler.meet(self.worker)
-        self.worker.meet(self.scheduler)
+        if not config.separate_processes:
+            self.scheduler.meet(self.worker)
+            self.worker.meet(self.scheduler)
         self.memory: dict[str, torch.Tensor] = {}
         self._woken = threading.Condition()
         self._wakes = 0
         self.scheduler.set_wake(self._wake)
+
+    def sent(self, metadata: ECConnectorMetadata) -> ECConnectorMetadata:
+        """The metadata as the worker gets it."""
+        if not self.worker.config.separate_processes:
+            return metadata
+        received = pickle.loads(pickle.dumps(metadata))
+        assert isinstance(received, ECConnectorMetadata)
+        return received
 
     def _wake(self, arrived: str = "", /) -> None:
         with self._woken:
@@ -49,19 +103,25 @@ class Peer:
 class Encoder(Peer):
     def __init__(self, connector: str, **changes: Any) -> None:
         super().__init__(connector, ECTransferRole.PRODUCER, **changes)
+        self.worker.bind_connector_metadata(self.sent(self.scheduler.build_connector_meta()))
+
+    @property
+    def holding(self) -> ECConnector:
+        """The half that has the memory."""
+        return self.scheduler if self.scheduler.config.separate_processes else self.worker
 
     @property
     def place(self) -> ECPlace:
-        place = self.worker.place()
+        place = self.holding.place()
         assert place is not None
         return place
 
     @property
     def memory_file(self) -> MemoryFile:
         """Where the embeddings are that it has published."""
-        assert isinstance(self.worker, PeerConnector)
-        assert self.worker._holder is not None
-        return self.worker._holder._arena.file
+        assert isinstance(self.holding, PeerConnector)
+        assert self.holding._holder is not None
+        return self.holding._holder._arena.file
 
     def encode(self, name: object, embedding: torch.Tensor | None = None) -> str:
         """Make and publish an embedding, and return its identifier."""
@@ -87,7 +147,8 @@ class LanguageModel(Peer):
             for index, item in enumerate(request.items):
                 if item.identifier not in self.memory and self.scheduler.has_cache_item(item.identifier):
                     self.scheduler.update_state_after_alloc(request, index)
-        self.worker.bind_connector_metadata(self.scheduler.build_connector_meta())
+        metadata = self.scheduler.build_connector_meta()  # lives until the worker has loaded
+        self.worker.bind_connector_metadata(self.sent(metadata))
         self.worker.start_load_caches(self.memory)
         self.worker.clear_connector_metadata()
 

@@ -116,7 +116,7 @@ def _fill(encoder: Encoder) -> bool:
     give_up = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up:
         with contextlib.suppress(StorageError):
-            encoder.worker.discard(encoder.encode("all", all_of_it), "of no use")
+            encoder.holding.discard(encoder.encode("all", all_of_it), "of no use")
             return True
         time.sleep(0.01)  # there is no event to wait for
     return False

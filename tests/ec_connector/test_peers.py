@@ -28,13 +28,19 @@ def connector(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["together", "apart"])
+def separate_processes(request: pytest.FixtureRequest) -> bool:
+    """Whether the halves of each peer know nothing of each other but metadata."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def make(connector: str) -> Iterator[Callable[..., Any]]:
+def make(connector: str, separate_processes: bool) -> Iterator[Callable[..., Any]]:
     """Makes peers that are closed at the end."""
     made: list[Peer] = []
 
     def make_one(kind: type[Peer], **changes: Any) -> Peer:
-        made.append(kind(connector, **changes))
+        made.append(kind(connector, separate_processes=separate_processes, **changes))
         return made[-1]
 
     yield make_one
@@ -79,21 +85,21 @@ def test_an_embedding_that_is_published_arrives(encoder: Encoder, model: Languag
 def test_an_encoder_counts_what_nobody_has_fetched_yet(
     encoder: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = encoder.worker.free_bytes()
+    room = encoder.holding.free_bytes()
     names = [encoder.encode(name) for name in ("cat", "dog")]
-    assert encoder.worker.num_unfetched() == 2
+    assert encoder.holding.num_unfetched() == 2
     assert room is not None
-    assert encoder.worker.free_bytes() < room  # type: ignore[operator]
+    assert encoder.holding.free_bytes() < room  # type: ignore[operator]
     model.scheduler.expect(dict.fromkeys(names, encoder.place))
     request = model.admit("r", "cat")
     model.load(request)
     model.finish(request)
-    assert eventually(lambda: encoder.worker.num_unfetched() == 1)
+    assert eventually(lambda: encoder.holding.num_unfetched() == 1)
     assert encoder.scheduler.is_published(names[0])  # somebody will come for it again
-    assert encoder.worker.num_unfetched() == 2
+    assert encoder.holding.num_unfetched() == 2
     monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
     assert all(encoder.scheduler.is_published(name) for name in names)
-    assert encoder.worker.num_unfetched() == 0
+    assert encoder.holding.num_unfetched() == 0
 
 
 def test_an_embedding_may_be_wanted_before_it_is_made(encoder: Encoder, model: LanguageModel) -> None:
@@ -293,7 +299,7 @@ def test_an_embedding_that_can_never_fit_is_refused(encoder: Encoder, make: Call
 
 
 def test_an_encoder_refuses_what_it_can_never_hold(encoder: Encoder) -> None:
-    assert encoder.worker.max_entry_bytes < 9 * BIG
+    assert encoder.holding.max_entry_bytes < 9 * BIG
     with pytest.raises(StorageError, match="--ec-max-bytes"):
         encoder.encode("cat", big("cat", 9))
 
@@ -307,13 +313,15 @@ def test_what_no_request_wants_any_more_is_let_go(encoder: Encoder, model: Langu
     assert not model.scheduler.has_cache_item(name)
 
 
-def test_what_has_the_wrong_shape_is_offered_no_more(encoder: Encoder, model: LanguageModel) -> None:
+def test_what_has_the_wrong_shape_is_offered_no_more(
+    encoder: Encoder, model: LanguageModel, separate_processes: bool
+) -> None:
     name = encoder.encode("cat")
     model.scheduler.expect({name: encoder.place})
     request = model.admit("r", "cat")
     model.load(request)
     del model.memory[name]
-    model.worker.discard(name, "it has the wrong shape")
+    (model.scheduler if separate_processes else model.worker).discard(name, "it has the wrong shape")
     model.lose(request)
     while encoder.scheduler.has_cache_item(name):
         time.sleep(0.001)

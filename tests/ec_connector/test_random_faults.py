@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,11 +42,12 @@ PATIENCE_SECONDS = 60.0
 class Turmoil:
     """Two encoders and a language model, to which anything may happen."""
 
-    def __init__(self, connector: str, seed: int) -> None:
+    def __init__(self, connector: str, seed: int, *, separate_processes: bool) -> None:
         self._chance = random.Random(seed)
         self._connector = connector
+        self._settings: dict[str, Any] = {**SETTINGS, "separate_processes": separate_processes}
         self._encoders = [self._encoder(), self._encoder()]
-        self._model = LanguageModel(connector, **SETTINGS)
+        self._model = LanguageModel(connector, **self._settings)
         self._embeddings = {name: embedding_of(name, rows=self._chance.choice((1, 300, 700))) for name in NAMES}
         self._gone = [self._encoders[0].place]
         self._kinds: dict[str, Callable[[], None]] = {
@@ -62,7 +64,7 @@ class Turmoil:
         self.wanted: list[str] = []
 
     def _encoder(self) -> Encoder:
-        return Encoder(self._connector, **SETTINGS)
+        return Encoder(self._connector, **self._settings)
 
     # ---- what happens -------------------------------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class Turmoil:
         self._encoders[which] = self._encoder()
 
     def _evict(self) -> None:
-        self._chance.choice(self._encoders).worker.discard(identifier_of(self._chance.choice(NAMES)), "of chance")
+        self._chance.choice(self._encoders).holding.discard(identifier_of(self._chance.choice(NAMES)), "of chance")
 
     def _cut(self) -> None:
         """End a connection to an encoder as a network does. Those that UCX makes for itself are its own matter."""
@@ -135,7 +137,7 @@ class Turmoil:
     def _reject(self) -> None:
         name = identifier_of(self._chance.choice(self.wanted))
         self._model.memory.pop(name, None)
-        self._model.worker.discard(name, "of chance")
+        self._model.scheduler.discard(name, "of chance")
 
     def _mislead(self) -> None:
         self._model.scheduler.expect({identifier_of(self._chance.choice(NAMES)): self._gone[0]})
@@ -176,7 +178,7 @@ class Turmoil:
 
 
 def _takes_all_memory(encoder: Encoder) -> bool:
-    rows = (encoder.worker.max_entry_bytes - HEADER_BYTES) // ROW_BYTES
+    rows = (encoder.holding.max_entry_bytes - HEADER_BYTES) // ROW_BYTES
     try:
         encoder.encode("big", embedding_of("big", rows=rows))
     except StorageError:
@@ -220,19 +222,25 @@ def _resident_bytes() -> int:
 
 
 @pytest.mark.timeout(300 + NUM_FAULTS)
-@pytest.mark.parametrize("connector", CONNECTORS)
-def test_random_faults_leave_no_wrong_byte_and_nothing_behind(connector: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("connector", "separate_processes"),
+    [*((connector, False) for connector in CONNECTORS), ("SharedMemoryConnector", True), ("TcpConnector", True)],
+)
+def test_random_faults_leave_no_wrong_byte_and_nothing_behind(
+    connector: str, separate_processes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those with separate processes run in one as well, but their halves know nothing of each other."""
     caplog.set_level(logging.CRITICAL, "chiasm")  # what is logged is kept, with the frames of errors
     descriptors, threads = _descriptors(), threading.active_count()
-    _run(connector, seed=7)
+    _run(connector, seed=7, separate_processes=separate_processes)
     gc.collect()
     # A thread takes a moment to end, and holds what it has open until then.
     assert eventually(lambda: _descriptors() - descriptors == Counter()), _descriptors() - descriptors
     assert eventually(lambda: threading.active_count() <= threads)
 
 
-def _run(connector: str, seed: int) -> None:
-    turmoil = Turmoil(connector, seed)
+def _run(connector: str, seed: int, *, separate_processes: bool) -> None:
+    turmoil = Turmoil(connector, seed, separate_processes=separate_processes)
     number = settled_bytes = 0
     while turmoil.faults.total() < NUM_FAULTS:
         turmoil.round(number)

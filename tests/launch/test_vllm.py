@@ -92,10 +92,11 @@ def test_a_connector_from_memory_to_memory_gets_both_halves_in_one_process(role:
     assert _value(command, "--distributed-executor-backend") == vllm.ONE_PROCESS
 
 
-def test_a_connector_from_memory_to_memory_is_refused_for_several_devices(site: Site) -> None:
+def test_on_several_devices_it_has_a_process_for_each_with_any_connector(site: Site) -> None:
     wide = replace(site, placement=replace(site.placement, devices=("0", "1")), storage=None)
-    with pytest.raises(ConfigurationError, match="needs vLLM instances on one device each"):
-        _command(_config(connector="TcpConnector"), Role.PD, wide)
+    command = _command(_config(connector="TcpConnector"), Role.PD, wide)
+    assert _value(command, "--tensor-parallel-size") == "2"
+    assert "--distributed-executor-backend" not in command
 
 
 def test_a_connector_that_a_user_wrote_is_named_with_its_module_and_gets_its_settings(site: Site) -> None:

@@ -172,7 +172,7 @@ def vllm(
     command += ["--middleware", MIDDLEWARE, *flags]
     if transfer is not None:
         command += ["--ec-transfer-config", json.dumps(transfer)]
-        if "connector" in transfer["ec_connector_extra_config"]:
+        if "connector" in transfer["ec_connector_extra_config"] and "--distributed-executor-backend" not in flags:
             command += ["--distributed-executor-backend", ONE_PROCESS]
     return Server(command, port, logs / f"{name}.log", environment or {}, address)
 

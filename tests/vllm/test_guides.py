@@ -18,15 +18,15 @@ from tests.deploy.guides import commands_of
 
 
 @pytest.mark.parametrize(
-    ("heading", "roles", "backend"),
+    ("heading", "roles", "backends"),
     [
-        ("Two machines", [Role.ENCODER, Role.PD], ONE_PROCESS),
-        ("Three machines", [Role.ENCODER, Role.PREFILL, Role.DECODE], ONE_PROCESS),
-        ("Instances on several GPUs", [Role.ENCODER, Role.PD], None),
+        ("Two machines", [Role.ENCODER, Role.PD], [ONE_PROCESS] * 2),
+        ("Three machines", [Role.ENCODER, Role.PREFILL, Role.DECODE], [ONE_PROCESS] * 3),
+        ("Instances on several GPUs", [Role.ENCODER, Role.PD], [ONE_PROCESS, None]),
     ],
 )
 def test_vllm_takes_each_flag_and_becomes_the_role(
-    heading: str, roles: list[Role], backend: str | None, tmp_path: Path
+    heading: str, roles: list[Role], backends: list[str | None], tmp_path: Path
 ) -> None:
     command = ServeSubcommand()
     parser = FlexibleArgumentParser()
@@ -35,7 +35,7 @@ def test_vllm_takes_each_flag_and_becomes_the_role(
         "vllm.md", "## Several machines", f"### {heading}", folder=tmp_path
     )  # the last is the proxy's
     found = []
-    for one in instances:
+    for one, backend in zip(instances, backends, strict=True):
         arguments = parser.parse_args(one.arguments)
         command.validate(arguments)
         assert ECConnectorFactory.get_connector_class(arguments.ec_transfer_config) is ChiasmECConnector

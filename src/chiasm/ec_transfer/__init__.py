@@ -2,7 +2,9 @@
 
 ``base`` holds the interface and the factory that makes a connector by its name. ``shared_storage`` is the reference
 implementation: ``folder_check`` says whether a folder can be used, ``bounded_folder`` adds and removes its files, and
-``entry_file`` defines what is in a file. Importing this package loads no connector and no torch.
+``entry_file`` defines what is in a file. ``peers`` is the base of those that move embeddings from memory to memory. ``pins``
+says where workers in other processes load what a scheduler role has brought in. Importing this package loads no connector and
+no torch.
 """
 
 from chiasm.ec_transfer.base import (

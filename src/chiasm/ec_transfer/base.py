@@ -94,7 +94,7 @@ class ECTransferConfig:
     separate_processes: bool = False
     """Whether the two halves live in different processes, and the worker must find everything that the scheduler role has
     found. A connector then verifies an entry before ``has_cache_item`` returns true, and keeps it until the metadata in the
-    scheduler's process is gone."""
+    scheduler's process is gone. There may be several workers, and each loads what a step says; one publishes."""
     dtype: str = ""
     """The dtype of all entries, as ``float32``; empty if it isn't known."""
     entry_width: int = 0
@@ -374,9 +374,10 @@ class ECConnector(ABC):
     # ---- worker role ----------------------------------------------------------------------------------------------
 
     def place(self) -> ECPlace | None:
-        """Return where consumers find what this producer publishes; None if they find it without.
+        """Return where consumers find what this producer publishes; None if they find it without, or if the other role says it.
 
-        Called from any thread, after the connector was made; it returns the same as long as the connector lives.
+        With ``separate_processes`` it is the scheduler role that is asked. Called from any thread, after the connector was
+        made; it returns the same as long as the connector lives.
         """
         return None
 

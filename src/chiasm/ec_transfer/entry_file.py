@@ -167,18 +167,6 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-class Pin(NamedTuple):
-    """Says where another process finds the copy of an entry that this process keeps, even if the file is gone."""
-
-    process: int
-    descriptor: int
-    known: Known
-
-    @property
-    def path(self) -> str:
-        return f"/proc/{self.process}/fd/{self.descriptor}"
-
-
 class Entry:
     """The file of one entry, whose length and header have been checked.
 
@@ -201,8 +189,8 @@ class Entry:
     def copied(self, *, checked: bool) -> Entry | None:
         """Copy the file, which is kept open, to anonymous memory, which nobody else can truncate or change.
 
-        ``pin`` of the copy says where it is. Returns None if the checksum is wrong; with ``checked``, it is not computed again.
-        Raises OSError.
+        The copy is a file that is kept open, too. Returns None if the checksum is wrong; with ``checked``, it is not computed
+        again. Raises OSError.
         """
         assert isinstance(self._file, OpenFile)
         memory = OpenFile(os.memfd_create("chiasm-entry", os.MFD_CLOEXEC))
@@ -225,10 +213,11 @@ class Entry:
         hasher.update(self._data().numpy().data)
         return hasher.hexdigest() == self.header.checksum
 
-    def pin(self) -> Pin:
-        """Return where another process can open a file that is kept open, as long as this object lives."""
+    @property
+    def descriptor(self) -> int:
+        """That of a file that is kept open, as long as this object lives."""
         assert isinstance(self._file, OpenFile)
-        return Pin(os.getpid(), self._file.descriptor, self.known)
+        return self._file.descriptor
 
     def _data(self) -> torch.Tensor:
         if isinstance(self._file, OpenFile):
@@ -258,14 +247,7 @@ def open_entry(path: str, identifier: str, fingerprint: str, known: Known | None
     if known is None or known.signature != signature:
         known = Known(signature, _read_header(file.descriptor, status, identifier, fingerprint))
     _touch(file.descriptor, status)
-    return Entry(known, _map(file.descriptor, signature.size_bytes) if mapped else file)
-
-
-def open_pinned(pin: Pin) -> Entry:
-    """Map the copy that another process keeps. Raises OSError if that process is on another host or has dropped it."""
-    file = OpenFile(os.open(pin.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    _check_unchanged(file.descriptor, pin.known.signature)
-    return Entry(pin.known, _map(file.descriptor, pin.known.signature.size_bytes))
+    return Entry(known, map_file(file.descriptor, signature.size_bytes) if mapped else file)
 
 
 def _open(path: str) -> int:
@@ -310,8 +292,8 @@ def _touch(descriptor: int, status: os.stat_result) -> None:
         return  # The file of another user, or a read-only mount: its owner keeps the order.
 
 
-def _map(descriptor: int, size_bytes: int) -> torch.Tensor:
-    """Map the file copy-on-write. Unlike with Python's mmap, no descriptor stays open."""
+def map_file(descriptor: int, size_bytes: int) -> torch.Tensor:
+    """Map a file copy-on-write. Unlike with Python's mmap, no descriptor stays open. Raises OSError."""
     try:
         return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size_bytes, dtype=torch.uint8)
     except RuntimeError as error:
@@ -324,7 +306,7 @@ def _read(descriptor: int, signature: Signature) -> torch.Tensor:
     data = torch.empty(signature.size_bytes, dtype=torch.uint8)
     at = 0
     while at < signature.size_bytes:
-        at += _read_into(descriptor, data.numpy().data[at:], at)
+        at += read_into(descriptor, data.numpy().data[at:], at)
     return data
 
 
@@ -333,12 +315,13 @@ def _pieces(descriptor: int, size_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(_PIECE_BYTES))
     at = 0
     while at < size_bytes:
-        read = _read_into(descriptor, buffer[: size_bytes - at], at)
+        read = read_into(descriptor, buffer[: size_bytes - at], at)
         yield buffer[:read]
         at += read
 
 
-def _read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read some bytes, and return how many. Raises OSError at the end of the file."""
     read = os.preadv(descriptor, [buffer], offset)
     if read == 0:
         raise OSError(errno.ESTALE, "The file has become shorter")

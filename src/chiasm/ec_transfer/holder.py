@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from chiasm.ec_transfer.base import ECConnectorStats
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, data_bytes, header_of
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, data_bytes, header_of
 from chiasm.ec_transfer.entry_memory import clear_entry, write_entry
 from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
@@ -24,7 +24,7 @@ from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.greeting import Terms
 from chiasm.transfer.listener import Listener
 from chiasm.transfer.memory import OfferedMemory, Range
-from chiasm.transfer.memory_file import find_lock
+from chiasm.transfer.memory_file import FileDescription, find_lock
 from chiasm.wire import ECPlace
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ _DECODER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(Reade
 class Holder:
     """The embeddings that a producer offers. Listens from the start; raises ConfigurationError if it can't.
 
-    ``publish``, ``has`` and ``remove`` may be called from any thread.
+    ``publish``, ``has`` and ``remove`` may be called from any thread, as may the three parts of ``publish``, by which another
+    process writes to the arena (``publishing.py``).
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Holder:
         self._arena = arena
         self._memory = memory
         self._stats = stats
-        self._has_checksums = has_checksums
+        self.has_checksums = has_checksums
+        """Whether the headers of entries have checksums."""
         self._written = threading.Condition()  # guards the table and the stats
         self._table: OfferTable[Piece] = OfferTable(
             arena.allocate, lambda piece: piece.offset, self._free, self._is_used
@@ -91,6 +93,11 @@ class Holder:
         )
         self.place = ECPlace(host=address.host, port=self._listener.port, engine_id=engine_id)
         self._control = ControlThread("ec-holder", self._run)
+
+    @property
+    def memory(self) -> FileDescription:
+        """Where other processes of this host find the arena."""
+        return self._arena.file.description
 
     @property
     def max_entry_bytes(self) -> int:
@@ -128,23 +135,41 @@ class Holder:
         Raises StorageError if it can't be stored.
         """
         header = header_of(identifier, self._fingerprint, tensor)
-        with self._written:
-            while (reserved := self._reserve(identifier, HEADER_BYTES + header.data_bytes)) is None:
-                if self._table.has(identifier):
-                    return
-                self._written.wait()  # another thread writes it
-        address = self._arena.file.address + reserved.offset
+        piece = self.reserve(header)
+        if piece is None:
+            return
         try:
-            header = write_entry(address, header, tensor, with_checksum=self._has_checksums)
+            address = self._arena.file.address + piece.offset
+            header = write_entry(address, header, tensor, with_checksum=self.has_checksums)
         except BaseException:
-            with self._written:
-                self._table.abandon(identifier)
-                self._written.notify_all()
+            self.abandon(header)
             raise
-        reserved.publish()
+        self.complete(piece, header)
+
+    def reserve(self, header: EntryHeader) -> Piece | None:
+        """Return room for an entry with this header, which ``complete`` or ``abandon`` ends; None if the entry is there.
+
+        Waits as long as another thread writes it. Raises StorageError if there is no room.
+        """
         with self._written:
-            self._table.publish(identifier, header)
-            self._expect_fetch(identifier)
+            while (reserved := self._reserve(header.identifier, HEADER_BYTES + header.data_bytes)) is None:
+                if self._table.has(header.identifier):
+                    return None
+                self._written.wait()
+            return reserved
+
+    def abandon(self, header: EntryHeader) -> None:
+        """An entry for which there is room is not written after all."""
+        with self._written:
+            self._table.abandon(header.identifier)
+            self._written.notify_all()
+
+    def complete(self, piece: Piece, header: EntryHeader) -> None:
+        """An entry is written to its room, with this header. Tell the readers that want it."""
+        piece.publish()
+        with self._written:
+            self._table.publish(header.identifier, header)
+            self._expect_fetch(header.identifier)
             self._written.notify_all()
             self._stats.saves += 1
             self._stats.saved_bytes += header.data_bytes
@@ -167,6 +192,8 @@ class Holder:
 
     def _reserve(self, identifier: str, size_bytes: int) -> Piece | None:
         try:
+            if size_bytes > self._arena.num_bytes:  # and nothing is evicted for it
+                raise NoRoom
             reserved = self._table.reserve(identifier, size_bytes)
         except NoRoom:
             raise StorageError(

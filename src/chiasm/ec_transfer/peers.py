@@ -1,15 +1,20 @@
 """The base of connectors that move embeddings from an encoder's memory to a language model's: everything but the data plane.
 
-A producer's worker role has a :class:`Holder`, a consumer's scheduler role a :class:`Reader`. If both halves of an instance are
-in one process, they know each other: a producer's scheduler role asks its worker role what is published.
+A consumer's scheduler role has a :class:`Reader`, and a producer's worker role a :class:`Holder`. If both halves of an instance
+are in one process, they know each other: a producer's scheduler role asks its worker role what is published. Otherwise the
+scheduler role has the holder, too. Workers, of which there may be several, then load what the reader has brought in by its pins
+(``pins.py``), and the one that publishes writes to the holder's memory itself (``publishing.py``).
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
+import time
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
@@ -27,25 +32,32 @@ from chiasm.ec_transfer.device import take_over
 from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.holder import Holder
 from chiasm.ec_transfer.peer_messages import PROTOCOL, PROTOCOL_VERSION, Welcome
+from chiasm.ec_transfer.pins import PinnedMetadata
+from chiasm.ec_transfer.publishing import Publisher, PublishingAddress, PublishingPort
 from chiasm.ec_transfer.reader import Reader
 from chiasm.ec_transfer.sources import Arrived, Landing, LandingSource, Source
 from chiasm.ec_transfer.wake import Wake
 from chiasm.ec_transfer.wants import Wish
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ConfigurationError, StorageError
 from chiasm.transfer.arena import Arena
 from chiasm.transfer.greeting import Terms
 from chiasm.transfer.memory import DataPlane, Memory, Peer
 from chiasm.wire import ECPlace
 
+_logger = logging.getLogger(__name__)
 _WARM_BYTES = 128 << 20
 """What a holder touches ahead of its use, since the first touch of memory takes several times as long as a copy into it."""
 
 
-@dataclass(frozen=True)
-class PeerMetadata(ECConnectorMetadata):
-    """What one step loads, with the embeddings themselves."""
+_MAX_TAKEN = 1 << 12
+"""How many are remembered; the oldest are forgotten, and would be brought again."""
 
-    arrived: dict[str, Arrived] = field(default_factory=dict, repr=False, compare=False)
+
+@dataclass(frozen=True)
+class PeerMetadata(PinnedMetadata[Arrived]):
+    """What one step loads, and where a producer's workers publish, if they are other processes."""
+
+    publishing: PublishingAddress | None = None
 
 
 class PeerConnector(ECConnector):
@@ -61,27 +73,31 @@ class PeerConnector(ECConnector):
 
     def __init__(self, config: ECTransferConfig, role: ECConnectorRole) -> None:
         super().__init__(config, role)
-        if config.separate_processes:
-            raise ConfigurationError(
-                f"{config.connector} needs both of its halves in one process, as vLLM has them with its UniProcExecutor on one "
-                "device; use SharedStorageConnector elsewhere."
-            )
         self._address = self.read_extra_config(PeerConfig)
         self.engine_id = secrets.token_hex(16)
         self._other: PeerConnector | None = None
         self._holder: Holder | None = None
+        self._port: PublishingPort | None = None
+        self._publisher: Publisher | None = None
+        """Of a worker that is another process, once a step has said where it publishes."""
+        self._has_failed_to_save = False
         self._reader: Reader | None = None
         self._noted: dict[str, Arrived] = {}
         self._in_use: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
-        """Embeddings that the engine took and that something still uses."""
+        """Embeddings that the engine took and that something in this process still uses."""
+        self._taken: OrderedDict[str, None] = OrderedDict()
+        """Embeddings that workers elsewhere got, of which the engine hasn't said since that it needs them."""
         terms = Terms(
             PROTOCOL,
             PROTOCOL_VERSION,
             {"connector": config.connector, "fingerprint": config.fingerprint},
             config.fleet_key,
         )
-        if role is ECConnectorRole.WORKER and self.is_producer:
+        holding = ECConnectorRole.SCHEDULER if config.separate_processes else ECConnectorRole.WORKER
+        if role is holding and self.is_producer:
             self._holder = self._hold(terms)
+            if config.separate_processes:
+                self._port = PublishingPort(self._holder, config.fingerprint)
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
             self.prepare()
             row_bytes = (
@@ -115,9 +131,13 @@ class PeerConnector(ECConnector):
     def shutdown(self) -> None:
         if self._reader is not None:
             self._reader.close()
+        if self._port is not None:
+            self._port.close()
         if self._holder is not None:
             self._holder.close()
-        self._reader = self._holder = None
+        if self._publisher is not None:
+            self._publisher.close()
+        self._reader = self._port = self._holder = self._publisher = None
         self._noted.clear()
         self.clear_connector_metadata()
 
@@ -171,7 +191,7 @@ class PeerConnector(ECConnector):
             Wish(
                 check_identifier(item.identifier),
                 item.length,
-                is_needed=item.offset + item.length > num_computed_tokens and item.identifier not in self._in_use,
+                is_needed=item.offset + item.length > num_computed_tokens and not self._engine_has(item.identifier),
             )
             for item in request.items
         ]
@@ -184,11 +204,16 @@ class PeerConnector(ECConnector):
         check_identifier(identifier)
         if identifier in self._noted:
             return True
+        self._taken.pop(identifier, None)
         if (
             tensor := self._in_use.get(identifier)
         ) is not None:  # the engine has given it up, and something still uses it
             self._reader.bring_back(identifier, Arrived(tensor, 0.0))
         return self._reader.ask(identifier)
+
+    def _engine_has(self, identifier: str) -> bool:
+        """Whether the engine still has an embedding that it took, as far as is known."""
+        return identifier in self._in_use or identifier in self._taken
 
     def layout_of(self, identifier: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         ready = None if self._reader is None else self._reader.ready(check_identifier(identifier))
@@ -196,7 +221,7 @@ class PeerConnector(ECConnector):
 
     def is_published(self, identifier: str) -> bool:
         check_identifier(identifier)
-        holder = self._other._holder if self._other is not None else None
+        holder = self._other._holder if self._other is not None else self._holder
         return holder is not None and holder.has(identifier)
 
     def is_coming(self, identifier: str) -> bool:
@@ -210,13 +235,19 @@ class PeerConnector(ECConnector):
         arrived = None if self._reader is None else self._reader.take(identifier)
         if arrived is not None:
             self._noted[identifier] = arrived
-            self._in_use[identifier] = arrived.tensor
+            if not self.config.separate_processes:
+                self._in_use[identifier] = arrived.tensor
+            else:
+                self._taken[identifier] = None
+                if len(self._taken) > _MAX_TAKEN:
+                    self._taken.popitem(last=False)
 
     def build_connector_meta(self) -> ECConnectorMetadata:
         noted, self._noted = self._noted, {}
         if self._reader is not None:
             self._reader.end_round()
-        return PeerMetadata(tuple(noted), noted)
+        pins = {identifier: arrived.pin for identifier, arrived in noted.items() if arrived.pin is not None}
+        return PeerMetadata(tuple(noted), noted, pins, self._port.address if self._port is not None else None)
 
     def request_finished(self, request: RequestLike) -> None:
         if self._reader is not None:
@@ -230,18 +261,34 @@ class PeerConnector(ECConnector):
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         if self._metadata is None or not self.is_consumer:
             return
-        arrived = self._metadata.arrived if isinstance(self._metadata, PeerMetadata) else {}
+        metadata = self._metadata if isinstance(self._metadata, PeerMetadata) else PeerMetadata()
         for identifier in self._metadata.loads:
             if identifier in encoder_cache:
                 continue
-            entry = arrived.get(identifier)
-            if entry is None:
+            loaded = self._load(identifier, metadata)
+            if loaded is None:
                 self.stats.load_failures += 1
                 continue
-            encoder_cache[identifier] = take_over(entry.tensor)
+            encoder_cache[identifier] = loaded.tensor
             self.stats.loads += 1
-            self.stats.loaded_bytes += entry.tensor.nbytes
-            self.stats.load_seconds += entry.seconds
+            self.stats.loaded_bytes += loaded.tensor.nbytes
+            self.stats.load_seconds += loaded.seconds
+
+    def _load(self, identifier: str, metadata: PeerMetadata) -> Arrived | None:
+        """Return an embedding of the step for use by this thread; None if it can't be had."""
+        arrived, pin = metadata.held.get(identifier), metadata.pins.get(identifier)
+        if arrived is not None:
+            return arrived._replace(tensor=take_over(arrived.tensor))
+        if pin is None:
+            return None
+        started = time.perf_counter()
+        try:
+            return Arrived(pin.load(self.config.device), time.perf_counter() - started)
+        except OSError as error:
+            _logger.warning(
+                "The embedding of item %s can't be loaded from the scheduler's process: %s", identifier, error
+            )
+            return None
 
     def discard(self, identifier: str, reason: str) -> None:
         check_identifier(identifier)
@@ -255,14 +302,33 @@ class PeerConnector(ECConnector):
     def reject(self, identifier: str, reason: str) -> None:
         """Scheduler role: what came is of no use. ``reason`` is for the log."""
         self._in_use.pop(identifier, None)
+        self._taken.pop(identifier, None)
         if self._reader is not None:
             self._reader.reject(identifier, reason)
 
+    def bind_connector_metadata(self, metadata: ECConnectorMetadata) -> None:
+        super().bind_connector_metadata(metadata)
+        if self._publisher is None and isinstance(metadata, PeerMetadata) and metadata.publishing is not None:
+            self._publisher = Publisher(metadata.publishing, self.config.fingerprint)
+
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str) -> None:
         check_identifier(mm_hash)
-        if self._holder is None:
+        if not self.is_producer:
             return
-        self._holder.publish(mm_hash, encoder_cache[mm_hash])
+        try:
+            if self._holder is not None:
+                self._holder.publish(mm_hash, encoder_cache[mm_hash])
+            elif self._publisher is not None:
+                self._publisher.publish(mm_hash, encoder_cache[mm_hash])
+            else:
+                raise StorageError("No step has said yet where embeddings are published.")
+        except StorageError as error:
+            self.stats.save_failures += 1
+            if not self._has_failed_to_save:
+                _logger.error("%s Further failures are only counted, until an embedding is published.", error.message)
+            self._has_failed_to_save = True
+            raise
+        self._has_failed_to_save = False
 
 
 class LandingConnector(PeerConnector):
@@ -273,7 +339,10 @@ class LandingConnector(PeerConnector):
 
     def prepare(self) -> None:
         self._plane = self.make_plane()
-        self._landing = Landing(self.config.receive_bytes, self.config.device, self.memory_freed)
+        config = self.config
+        self._landing = Landing(
+            config.receive_bytes, config.device, self.memory_freed, is_shared=config.separate_processes
+        )
         self._plane.prepare(self._memory)
 
     def reach(self, peer: Peer, welcome: Welcome) -> Source:

@@ -24,4 +24,4 @@ class SharedMemoryConnector(PeerConnector):
 
     def reach(self, peer: Peer, welcome: Welcome) -> Source:
         memory = SharedMemory(welcome.memory, Memory(0, 0))  # nothing is copied
-        return MappedSource(memory, welcome.num_bytes, self.config.device)
+        return MappedSource(memory, welcome.num_bytes, self.config.device, is_shared=self.config.separate_processes)

@@ -11,7 +11,6 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,16 +33,15 @@ from chiasm.ec_transfer.entry_file import (
     EntryHeader,
     InvalidEntryError,
     Known,
-    Pin,
     bytes_of,
     dtype_of,
     header_of,
     open_entry,
-    open_pinned,
     write_entry,
 )
 from chiasm.ec_transfer.extra_config import SharedStorageConfig
 from chiasm.ec_transfer.folder_check import examine_folder, files_may_be_mapped
+from chiasm.ec_transfer.pins import Pin, PinnedMetadata
 from chiasm.ec_transfer.wake import Wake
 from chiasm.errors import ConfigurationError, StorageError
 
@@ -63,23 +61,6 @@ class Ready(NamedTuple):
     entry: Entry
     tensor: torch.Tensor | None = None
     """The embedding, verified and on ``config.device``; None if the worker has to make it."""
-
-
-@dataclass(frozen=True)
-class SharedStorageMetadata(ECConnectorMetadata):
-    """What one step loads, together with the entries that were found.
-
-    The entries are not pickled. A worker in another process opens what ``pins`` names, which exists as long as the original
-    metadata does, or else looks for the files itself.
-    """
-
-    held: dict[str, Ready] = field(default_factory=dict, repr=False, compare=False)
-    pins: dict[str, Pin] = field(default_factory=dict, repr=False, compare=False)
-
-    def __reduce__(
-        self,
-    ) -> tuple[type[SharedStorageMetadata], tuple[tuple[str, ...], dict[str, Ready], dict[str, Pin]]]:
-        return SharedStorageMetadata, (self.loads, {}, self.pins)
 
 
 class SharedStorageConnector(ECConnector):
@@ -229,12 +210,12 @@ class SharedStorageConnector(ECConnector):
         self._held.clear()
         if self._arrivals is not None:
             self._arrivals.end_round()
-        pins = (
-            {identifier: ready.entry.pin() for identifier, ready in noted.items()}
+        pins = {
+            identifier: Pin.here(ready.entry.descriptor, ready.entry.header)
+            for identifier, ready in noted.items()
             if self.config.separate_processes
-            else {}
-        )
-        return SharedStorageMetadata(tuple(noted), noted, pins)
+        }
+        return PinnedMetadata(tuple(noted), noted, pins)
 
     # ---- worker role ----------------------------------------------------------------------------------------------
 
@@ -246,7 +227,9 @@ class SharedStorageConnector(ECConnector):
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
         if self._metadata is None or not self.is_consumer:
             return
-        metadata = self._metadata if isinstance(self._metadata, SharedStorageMetadata) else SharedStorageMetadata()
+        metadata: PinnedMetadata[Ready] = (
+            self._metadata if isinstance(self._metadata, PinnedMetadata) else PinnedMetadata()
+        )
         for identifier in self._metadata.loads:
             if identifier in encoder_cache:
                 continue
@@ -336,7 +319,7 @@ class SharedStorageConnector(ECConnector):
             return take_over(held.tensor)
         if held is None and pin is not None:
             try:
-                return open_pinned(pin).tensor().to(self.config.device)
+                return pin.load(self.config.device)
             except OSError as error:
                 self._warn_once(error)  # The file itself may still be good.
         entry = held.entry if held is not None else self._find(identifier)

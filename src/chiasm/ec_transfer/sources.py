@@ -2,7 +2,8 @@
 
 Those that stay are used in the holder's memory. The reader locks the range of the holder's file before it looks for the entry
 there. If it then finds the entry's header, the entry is whole and stays, because the holder clears the header before it gives
-the range back, and uses no range that is locked. That holds whatever happens to the connection or to either process.
+the range back, and uses no range that is locked. That holds whatever happens to the connection or to either process. If an
+engine's workers are other processes (``is_shared``), they find an embedding in either place in the same way, by its pin.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 from chiasm.ec_transfer.device import to_device
 from chiasm.ec_transfer.entry_file import EntryHeader
-from chiasm.ec_transfer.entry_memory import Checksum, has_header, tensor_at
+from chiasm.ec_transfer.entry_memory import Checksum, clear_entry, has_header, tensor_at
+from chiasm.ec_transfer.pins import EntryMemory, Pin
 from chiasm.ec_transfer.wants import Read
 from chiasm.transfer.arena import Arena, Piece
 from chiasm.transfer.memory import ReachedMemory, Run
@@ -34,6 +36,10 @@ class Arrived(NamedTuple):
     tensor: torch.Tensor
     seconds: float
     """How long bringing it in took."""
+    pin: Pin | None = None
+    """Where workers in other processes load it, as long as this object exists; None if there are none."""
+    memory: EntryMemory | None = None
+    """What keeps it there, if the tensor doesn't."""
 
 
 class EntryUnusable(Exception):
@@ -64,15 +70,16 @@ class Source(ABC):
 
 
 class _Lent:
-    """Makes tensors of memory that is lent to an engine, as long as they take no more than ``max_bytes`` together.
+    """Lends memory to an engine, as long as what is lent takes no more than ``max_bytes`` together.
 
-    Further ones are copies. So an engine, which may keep what it has for long, doesn't take all of the memory.
+    What is more is copied. So an engine, which may keep what it has for long, doesn't take all of the memory.
     """
 
-    def __init__(self, max_bytes: int, device: str) -> None:
+    def __init__(self, max_bytes: int, device: str, *, is_shared: bool) -> None:
         self._max_bytes = max_bytes
-        self._device = device
-        self._is_cpu = torch.device(device).type == "cpu"
+        self._device = "cpu" if is_shared else device
+        self._is_cpu = torch.device(self._device).type == "cpu"
+        self._is_shared = is_shared
         self._lock = threading.Lock()
         self._bytes = 0
         self._returned: deque[int] = deque()
@@ -88,12 +95,12 @@ class _Lent:
             self._bytes -= self._returned.popleft()
         return self._is_cpu and self._bytes + size <= self._max_bytes
 
-    def tensor(self, address: int, header: EntryHeader, owner: object, release: Callable[[], None]) -> torch.Tensor:
-        """Return the embedding at ``address`` on the device. ``release`` is called when its memory isn't needed any more.
+    def lend(self, address: int, pin: Pin, owner: object, release: Callable[[], None], started: float) -> Arrived:
+        """Return the embedding of the entry at ``address``, which was begun at that time (``perf_counter``).
 
-        The thread that uses what was copied to a GPU calls ``take_over``.
+        ``pin`` is where others find it. ``release`` is called when its memory isn't needed any more.
         """
-        size = header.data_bytes
+        size = pin.header.data_bytes
         with self._lock:
             stays = self._has_room(size)
             self._bytes += size if stays else 0
@@ -103,27 +110,50 @@ class _Lent:
             if stays:
                 self._returned.append(size)
 
-        tensor = tensor_at(address, header, owner, give_back)
+        tensor = tensor_at(address, pin.header, owner, give_back)
+        if not self._is_shared:
+            if not stays:
+                tensor = tensor.clone() if self._is_cpu else to_device(tensor, self._device)
+            return Arrived(tensor, time.perf_counter() - started)
         if stays:
-            return tensor
-        return tensor.clone() if self._is_cpu else to_device(tensor, self._device)
+            return Arrived(tensor, time.perf_counter() - started, pin)
+        memory = EntryMemory(pin.header, is_shared=True)
+        memory.tensor.copy_(tensor)
+        memory.finish()
+        return Arrived(memory.tensor, time.perf_counter() - started, memory.pin(), memory)
 
 
 class Landing:
     """An arena into which embeddings come, over any number of sources.
 
     Up to ``num_bytes`` may arrive at the same time, and as much may be lent. ``freed`` is called, from any thread, when there
-    may be room again; it must only wake somebody.
+    may be room again; it must only wake somebody. ``is_shared``: whether other processes find what has landed, by its pin.
     """
 
-    def __init__(self, num_bytes: int, device: str, freed: Callable[[], None]) -> None:
+    def __init__(self, num_bytes: int, device: str, freed: Callable[[], None], *, is_shared: bool) -> None:
         self.arena = Arena(2 * num_bytes, "chiasm-ec-in", released=freed)
-        self._lent = _Lent(num_bytes, device)
+        self._is_shared = is_shared
+        self._lent = _Lent(num_bytes, device, is_shared=is_shared)
 
-    def hand_over(self, piece: Piece, header: EntryHeader) -> torch.Tensor:
+    def hand_over(self, piece: Piece, header: EntryHeader, started: float) -> Arrived:
         """Return the embedding that has landed, on the device. The piece is released when it isn't needed any more."""
-        address = self.arena.file.address + piece.offset
-        return self._lent.tensor(address, header, self.arena.file.buffer, piece.release)
+        file = self.arena.file
+        pin = Pin.here(file.descriptor, header, piece.offset, is_in_arena=True)
+        if self._is_shared:
+            piece.publish()
+        return self._lent.lend(file.address + piece.offset, pin, file.buffer, self.releaser(piece), started)
+
+    def releaser(self, piece: Piece) -> Callable[[], None]:
+        """Return what gives a piece back, also from a finalizer."""
+        file, is_shared = self.arena.file, self._is_shared
+        address, buffer = file.address + piece.offset, file.buffer
+
+        def release() -> None:
+            if is_shared and buffer:  # which keeps the memory
+                clear_entry(address)  # before anybody may use it again
+            piece.release()
+
+        return release
 
 
 class LandingSource(Source):
@@ -138,12 +168,13 @@ class LandingSource(Source):
         piece = self._landing.arena.allocate(read.num_bytes)
         if piece is None:
             return None
+        release = self._landing.releaser(piece)
         address = self._landing.arena.file.address + piece.offset
         checksum = Checksum(address, read.header)
         try:
             if not self._reached.read([Run(piece.offset, read.here.offset, read.num_bytes)], stop, checksum.add):
                 if stop():
-                    piece.release()
+                    release()
                     return None
                 raise EntryUnusable("it is not granted any more", bad=False)
             if not has_header(address, read.header):
@@ -151,9 +182,9 @@ class LandingSource(Source):
             if not checksum.is_right():
                 raise EntryUnusable("its checksum is wrong", bad=True)
         except BaseException:
-            piece.release()
+            release()
             raise
-        return Arrived(self._landing.hand_over(piece, read.header), time.perf_counter() - started)
+        return self._landing.hand_over(piece, read.header, started)
 
     def close(self) -> None:
         self._reached.close()
@@ -162,10 +193,10 @@ class LandingSource(Source):
 class MappedSource(Source):
     """A holder of this host, whose embeddings are used where they are."""
 
-    def __init__(self, memory: SharedMemory, num_bytes: int, device: str) -> None:
+    def __init__(self, memory: SharedMemory, num_bytes: int, device: str, *, is_shared: bool) -> None:
         """``num_bytes`` is the size of the holder's memory."""
         self._memory = memory
-        self._lent = _Lent(num_bytes // MAX_LENT_SHARE, device)
+        self._lent = _Lent(num_bytes // MAX_LENT_SHARE, device, is_shared=is_shared)
 
     def is_quick(self, read: Read) -> bool:
         return self._lent.stays(read.header)
@@ -175,12 +206,13 @@ class MappedSource(Source):
         held = self._memory.hold(read.here.offset, read.num_bytes)
         if held is None:
             raise EntryUnusable("it was evicted", bad=False)
-        address = self._memory.file.address + self._memory.file_offset + read.here.offset
+        offset = self._memory.file_offset + read.here.offset
+        address = self._memory.file.address + offset
         if not has_header(address, read.header):
             held.release()
             raise EntryUnusable("it was evicted", bad=False)
-        tensor = self._lent.tensor(address, read.header, held.buffer, held.release)
-        return Arrived(tensor, time.perf_counter() - started)
+        pin = Pin.here(held.descriptor, read.header, offset, is_in_arena=True)
+        return self._lent.lend(address, pin, held.buffer, held.release, started)
 
     def close(self) -> None:
         self._memory.close()

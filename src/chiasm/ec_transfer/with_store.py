@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -19,7 +16,8 @@ from chiasm.ec_transfer.base import (
     RequestLike,
 )
 from chiasm.ec_transfer.device import take_over, to_device
-from chiasm.ec_transfer.entry_file import EntryHeader, OpenFile, bytes_of, dtype_of, header_of
+from chiasm.ec_transfer.entry_file import EntryHeader, bytes_of, dtype_of, header_of
+from chiasm.ec_transfer.pins import EntryMemory, PinnedMetadata
 from chiasm.ec_transfer.stores import CorruptEntryError, StoredEntry, open_store
 from chiasm.ec_transfer.stores.reader import Reader, StoreReads
 from chiasm.ec_transfer.stores.recovery import Recovery
@@ -31,66 +29,11 @@ from chiasm.wire import ECPlace
 _log = logging.getLogger(__name__)
 
 
-class StoredPin(NamedTuple):
-    """Where another process of this machine finds an entry that this one has read."""
-
-    process: int
-    descriptor: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    def tensor(self) -> torch.Tensor:
-        """Map the entry. Raises RuntimeError if the other process has dropped it."""
-        path = f"/proc/{self.process}/fd/{self.descriptor}"
-        return torch.from_file(path, shared=False, size=math.prod(self.shape), dtype=_dtype(self.dtype)).view(
-            self.shape
-        )
-
-
-class Landing:
-    """Memory of one entry: this process's own or, if ``is_shared``, a file without a name that others can map."""
-
-    def __init__(self, entry: StoredEntry, device: str, *, is_shared: bool) -> None:
-        self._entry = entry
-        self._device = device
-        self._file = OpenFile(os.memfd_create("chiasm-stored", os.MFD_CLOEXEC)) if is_shared else None
-        if self._file is None:
-            self._data = torch.empty(entry.size_bytes, dtype=torch.uint8)
-        else:
-            os.ftruncate(self._file.descriptor, entry.size_bytes)
-            path = f"/dev/fd/{self._file.descriptor}"
-            self._data = torch.from_file(path, shared=True, size=entry.size_bytes, dtype=torch.uint8)
-        self.tensor = self._data.view(_dtype(entry.dtype)).view(entry.shape)
-
-    @property
-    def buffer(self) -> memoryview:
-        return self._data.numpy().data
-
-    def finish(self) -> None:
-        if self._file is None:
-            self.tensor = to_device(self.tensor, self._device)
-
-    def pin(self) -> StoredPin | None:
-        """Return where others find it, as long as this object lives; None if they can't."""
-        if self._file is None:
-            return None
-        return StoredPin(os.getpid(), self._file.descriptor, self._entry.dtype, self._entry.shape)
-
-
 @dataclass(frozen=True)
-class WithStoreMetadata(ECConnectorMetadata):
-    """What one step loads: from the store, and what the connector itself says.
-
-    What was read is not pickled. A worker in another process maps what ``pins`` names, which lives as long as the original
-    metadata.
-    """
+class WithStoreMetadata(PinnedMetadata[EntryMemory]):
+    """What one step loads: from the store, and what the connector itself says."""
 
     inner: ECConnectorMetadata = field(default_factory=ECConnectorMetadata)
-    pins: dict[str, StoredPin] = field(default_factory=dict)
-    held: dict[str, Landing] = field(default_factory=dict, repr=False, compare=False)
-
-    def __reduce__(self) -> tuple[type[WithStoreMetadata], tuple[object, ...]]:
-        return WithStoreMetadata, (self.loads, self.inner, self.pins)
 
 
 class WithStore(ECConnector):
@@ -107,8 +50,8 @@ class WithStore(ECConnector):
         self._connector = connector
         self.stats = connector.stats
         self._store = open_store(config.store)
-        self._noted: dict[str, Landing] = {}
-        self._reader: Reader[Landing] | None = None
+        self._noted: dict[str, EntryMemory] = {}
+        self._reader: Reader[EntryMemory] | None = None
         self._writer: Writer | None = None
         self._recovery: Recovery | None = None
         if role is ECConnectorRole.SCHEDULER and self.is_consumer:
@@ -117,7 +60,9 @@ class WithStore(ECConnector):
                 config.fingerprint,
                 max_bytes=config.store_read_bytes,
                 check=self._check,
-                allocate=lambda entry: Landing(entry, config.device, is_shared=config.separate_processes),
+                allocate=lambda entry: EntryMemory(
+                    _header_of(entry), config.device, is_shared=config.separate_processes
+                ),
                 is_elsewhere=connector.is_coming,
             )
         if role is ECConnectorRole.WORKER and self.is_producer:
@@ -176,7 +121,7 @@ class WithStore(ECConnector):
             self._reader.tell(stored, elsewhere=places)
 
     def _check(self, entry: StoredEntry, max_rows: int) -> None:
-        dtype = str(_dtype(entry.dtype)).removeprefix("torch.")
+        dtype = str(dtype_of(_header_of(entry))).removeprefix("torch.")
         width = self.config.entry_width
         if (
             len(entry.shape) != 2
@@ -226,10 +171,10 @@ class WithStore(ECConnector):
             return inner
         self._reader.end_round()
         if not self._noted:
-            return WithStoreMetadata(inner.loads, inner)
+            return WithStoreMetadata(inner.loads, inner=inner)
         held, self._noted = self._noted, {}
         pins = {name: pin for name, landing in held.items() if (pin := landing.pin()) is not None}
-        return WithStoreMetadata((*held, *inner.loads), inner, pins, held)
+        return WithStoreMetadata((*held, *inner.loads), held, pins, inner)
 
     def request_finished(self, request: RequestLike) -> None:
         self._connector.request_finished(request)
@@ -258,14 +203,11 @@ class WithStore(ECConnector):
                 if (landing := self._metadata.held.get(identifier)) is not None:
                     encoder_cache[identifier] = take_over(to_device(landing.tensor, self.config.device))
                 elif (pin := self._metadata.pins.get(identifier)) is not None:
-                    self._load_pinned(identifier, pin, encoder_cache)
+                    try:
+                        encoder_cache[identifier] = pin.load(self.config.device)
+                    except OSError as error:
+                        _log.warning("The embedding of item %s can't be loaded: %s", identifier, error)
         self._connector.start_load_caches(encoder_cache)
-
-    def _load_pinned(self, identifier: str, pin: StoredPin, encoder_cache: dict[str, torch.Tensor]) -> None:
-        try:
-            encoder_cache[identifier] = take_over(to_device(pin.tensor(), self.config.device))
-        except RuntimeError as error:
-            _log.warning("The embedding of item %s can't be mapped from another process: %s", identifier, error)
 
     def discard(self, identifier: str, reason: str) -> None:
         if self._reader is not None:
@@ -281,7 +223,7 @@ class WithStore(ECConnector):
             if entry.shape[0] != rows:
                 raise CorruptEntryError(f"it has {entry.shape[0]} rows, but the image makes {rows}")
 
-        landing = self._recovery.read(identifier, check, lambda entry: Landing(entry, "cpu", is_shared=False))
+        landing = self._recovery.read(identifier, check, lambda entry: EntryMemory(_header_of(entry), is_shared=False))
         if landing is not None:
             self._connector.save_caches({identifier: landing.tensor}, identifier)
         self._writer.note_restored(landing is not None)
@@ -302,5 +244,5 @@ class WithStore(ECConnector):
         self._writer.offer(mm_hash, tensor.nbytes, make)
 
 
-def _dtype(name: str) -> torch.dtype:
-    return dtype_of(EntryHeader("", "", name, ()))
+def _header_of(entry: StoredEntry) -> EntryHeader:
+    return EntryHeader(entry.identifier, entry.fingerprint, entry.dtype, entry.shape)

@@ -33,7 +33,8 @@ CONNECTOR_MODULE = "chiasm.integrations.vllm.ec_connector"
 MIDDLEWARE = "chiasm.integrations.vllm.middleware.ChiasmMiddleware"
 KV_CONNECTOR = "NixlConnector"
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""vLLM's own choice on one GPU; on a CPU it takes two processes, also if it is asked for this one by its short name."""
+"""In which connectors from memory to memory copy nothing more. It is vLLM's own choice on one GPU; on a CPU it takes two
+processes, also if it is asked for this one by its short name."""
 _EC_ROLES = {
     Role.ENCODER: "ec_producer",
     Role.PD: "ec_consumer",
@@ -229,8 +230,8 @@ def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) 
     flags: list[str] = []
     if role in _EC_ROLES and config.exchanges_embeddings:
         flags += ["--ec-transfer-config", json.dumps(_ec_transfer(config, role, site))]
-        if config.moves_from_memory:
-            flags += _one_process(config, site)
+        if config.moves_from_memory and len(site.placement.devices) <= 1:
+            flags += ["--distributed-executor-backend", ONE_PROCESS]
     if role in KV_ROLES:
         flags += ["--kv-transfer-config", json.dumps(_kv_transfer(config, role))]
     if role is Role.ENCODER:
@@ -241,16 +242,6 @@ def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) 
             # With no image allowed vLLM loads no vision tower; embeddings are let in all the same.
             flags += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0}), "--enable-mm-embeds"]
     return flags
-
-
-def _one_process(config: DeploymentConfig, site: Site) -> list[str]:
-    """Return the flags by which scheduler and worker are in one process, as connectors from memory to memory need it."""
-    if len(site.placement.devices) > 1:
-        raise ConfigurationError(
-            f"--connector {config.ec_connector} needs vLLM instances on one device each; for instances on several devices use "
-            "SharedStorageConnector."
-        )
-    return ["--distributed-executor-backend", ONE_PROCESS]
 
 
 def _ec_transfer(config: DeploymentConfig, role: Role, site: Site) -> dict[str, Any]:

@@ -75,18 +75,22 @@ class MemoryFile:
 
 
 class MappedFile:
-    """A memory file of another process, mapped for reading. Raises TransferError if it can't be, or is another file."""
+    """A memory file of another process, mapped for reading. Raises TransferError if it can't be, or is another file.
 
-    def __init__(self, description: FileDescription) -> None:
+    ``is_written``: it is mapped for writing too.
+    """
+
+    def __init__(self, description: FileDescription, *, is_written: bool = False) -> None:
         if description.boot_id != _boot_id():
             raise TransferError(_ELSEWHERE)
         try:
             path = f"/proc/{description.pid}/fd/{description.descriptor}"
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            mode = os.O_RDWR if is_written else os.O_RDONLY
+            descriptor = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise TransferError(f"{_ELSEWHERE} ({error})") from error
         try:
-            mapped = _map(descriptor, description)
+            mapped = _map(descriptor, description, mmap.PROT_READ | (mmap.PROT_WRITE if is_written else 0))
         except BaseException:
             os.close(descriptor)
             raise
@@ -94,7 +98,7 @@ class MappedFile:
         self.descriptor = descriptor
         self.num_bytes = description.size_bytes - _TOKEN_BYTES
         self.buffer = memoryview(mapped)[: self.num_bytes]
-        """The bytes, read only. They stay while this or anything made from it exists, also after ``close``."""
+        """The bytes. They stay while this or anything made from it exists, also after ``close``."""
         self.address: int = np.frombuffer(self.buffer, np.uint8).ctypes.data
 
     def reopen(self) -> int:
@@ -128,7 +132,7 @@ def find_lock(descriptor: int, begin: int, size: int) -> tuple[int, int] | None:
     return None if kind == fcntl.F_UNLCK else (start, length)
 
 
-def _map(descriptor: int, description: FileDescription) -> mmap.mmap:
+def _map(descriptor: int, description: FileDescription, protection: int) -> mmap.mmap:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size != description.size_bytes:
@@ -137,7 +141,7 @@ def _map(descriptor: int, description: FileDescription) -> mmap.mmap:
             raise TransferError(_ELSEWHERE)
         if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise TransferError("its memory is not sealed, and could be truncated while it is read")
-        return mmap.mmap(descriptor, description.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        return mmap.mmap(descriptor, description.size_bytes, mmap.MAP_SHARED, protection)
     except (OSError, ValueError, OverflowError) as error:
         raise TransferError(f"its memory cannot be mapped: {error}") from error
 

@@ -131,12 +131,13 @@ class HeldRange:
     """
 
     def __init__(self, descriptor: int, buffer: memoryview) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
+        """Of the holder's file; -1 once it is released."""
         self.buffer = buffer
         """Read only."""
 
     def release(self) -> None:
         """Let the holder use the range again. Any thread, and also from finalizers; idempotent."""
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -17,7 +17,7 @@ import torch
 
 from chiasm.ec_transfer import ECConnector, ECConnectorFactory, ECConnectorMetadata, ECConnectorRole, ECTransferRole
 from chiasm.ec_transfer.entry_file import InvalidEntryError, open_entry
-from chiasm.ec_transfer.shared_storage import SharedStorageMetadata
+from chiasm.ec_transfer.pins import PinnedMetadata
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import StepMetadata, StepReport
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf
@@ -141,8 +141,8 @@ class Step:
 def far(metadata: StepMetadata) -> StepMetadata:
     """Return the message as a worker on another host gets it: the scheduler's copies of entries are out of its reach."""
     loads = pickle.loads(pickle.dumps(metadata.loads))
-    assert isinstance(loads, SharedStorageMetadata)
-    return replace(metadata, loads=SharedStorageMetadata(loads.loads))
+    assert isinstance(loads, PinnedMetadata)
+    return replace(metadata, loads=PinnedMetadata(loads.loads))
 
 
 class _Place(NamedTuple):
@@ -186,13 +186,18 @@ class Engine:
         reach: Reach | None = None,
         max_bytes: int = 1 << 30,
         store: str = "",
+        *,
+        apart: bool = False,
     ) -> None:
-        """A path stands for settings with that folder; ``store`` is the URL of a shared cache."""
+        """A path stands for settings with that folder; ``store`` is the URL of a shared cache.
+
+        ``apart``: what passes between the halves is what passes between processes, as it always is with a folder.
+        """
         if isinstance(settings, Path):
             folder = {"shared_storage_path": settings}
             settings = Settings(wait_seconds=WAIT_SECONDS, max_bytes=max_bytes, connector_extra_config=folder)
         is_producer, is_reader = role is not ECTransferRole.CONSUMER, role is not ECTransferRole.PRODUCER
-        self._in_one_process = not settings.uses_folder
+        self._in_one_process = not settings.uses_folder and not apart
         config = settings.transfer_config(
             role,
             fingerprint=FINGERPRINT,

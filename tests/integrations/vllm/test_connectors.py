@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,18 +15,23 @@ from chiasm.ec_transfer.entry_file import bytes_of
 from chiasm.ec_transfer.stores import StoredEntry, open_store
 from chiasm.integrations.vllm.settings import Settings
 from chiasm.wire import EmbeddingPlaces
+from tests.ec_connector.peers import keeps_nothing
+from tests.launch.waiting import eventually
 
 from .engine import FINGERPRINT, LAYOUT, ROWS, WAIT_SECONDS, Engine, Request, embedding_of, identifier_of, request
 from .minimal import ENTRIES
 
-CONNECTORS = ("SharedStorageConnector", "SharedMemoryConnector", "TcpConnector", "MinimalConnector")
-FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector")
+APART = ("SharedMemoryConnector apart", "TcpConnector apart")
+"""In instances whose workers know nothing of the scheduler's half but what is sent to them."""
+FROM_MEMORY = ("SharedMemoryConnector", "TcpConnector", *APART)
+CONNECTORS = ("SharedStorageConnector", "MinimalConnector", *FROM_MEMORY)
 
 
 class Pair:
-    """An encoder and a PD of vLLM, each in one process, and what the proxy would do between them."""
+    """An encoder and a PD of vLLM, and what the proxy would do between them."""
 
     def __init__(self, connector: str, folder: Path, store: str = "", receive_bytes: int = 1 << 20) -> None:
+        connector, _, apart = connector.partition(" ")
         module = "tests.integrations.vllm.minimal" if connector == "MinimalConnector" else None
         settings = Settings(
             connector,
@@ -35,8 +41,8 @@ class Pair:
             wait_seconds=WAIT_SECONDS,
             connector_extra_config={"shared_storage_path": folder} if connector == "SharedStorageConnector" else {},
         )
-        self.encoder = Engine(settings, ECTransferRole.PRODUCER, store=store)
-        self.pd = Engine(settings, ECTransferRole.CONSUMER, store=store)
+        self.encoder = Engine(settings, ECTransferRole.PRODUCER, store=store, apart=bool(apart))
+        self.pd = Engine(settings, ECTransferRole.CONSUMER, store=store, apart=bool(apart))
         self.woken = threading.Event()
         self.pd.scheduler.on_arrival = self.woken.set
 
@@ -49,7 +55,7 @@ class Pair:
         return step.encoded
 
     def tell(self, *names: str) -> None:
-        place = self.encoder.worker_store.place()
+        place = self.encoder.scheduler_store.place() or self.encoder.worker_store.place()
         if place is not None:
             self.pd.scheduler_store.expect({identifier_of(name): place for name in names})
 
@@ -186,6 +192,36 @@ def test_what_is_lost_with_its_encoder_is_awaited(start: Start, connector: str) 
     assert pair.pd.awaited() == [identifier_of("a")]
 
 
+@pytest.mark.parametrize("connector", APART)
+def test_a_worker_that_comes_too_late_for_an_embedding_fails_its_request_alone(start: Start, connector: str) -> None:
+    """vLLM's scheduler has dropped what it held for the step, and the encoder has evicted the embedding."""
+    pair = start(connector)
+    pair.encode("a")
+    pair.tell("a")
+    one = request(("a", 2))
+    while not (step := pair.pd.schedule(one)).tokens:
+        assert pair.woken.wait(60)
+        pair.woken.clear()
+    step.metadata = pickle.loads(pickle.dumps(step.metadata))
+    pair.pd.scheduler._pinned.clear()
+    pair.encoder.scheduler_store.discard(identifier_of("a"), "of no use")
+    assert eventually(lambda: keeps_nothing(pair.pd.scheduler_store))
+    report = pair.pd.run(step)
+    assert not pair.pd.encoder_cache[identifier_of("a")].any(), "zeros take the place"
+    pair.pd.update(report=report)
+    assert pair.pd.update(one) == {"request"}
+    again = request(("a", 2), of="again")
+    pair.pd.step(again)
+    pair.encoder.memory.users.clear()
+    pair.encoder.encoder_cache.clear()
+    pair.encode("a")
+    pair.tell("a")
+    pair.run(again)
+    assert torch.equal(pair.pd.encoder_cache[identifier_of("a")], embedding_of("a"))
+    counts = pair.pd.counts()
+    assert (counts["failed_requests"], counts["load_failures"]) == (1, 1)
+
+
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_what_both_halves_count_is_counted_once(start: Start, connector: str) -> None:
     pair = start(connector)
@@ -225,7 +261,7 @@ def put(cache: str, name: str, embedding: torch.Tensor) -> None:
     open_store(cache).put(entry, data)
 
 
-@pytest.mark.parametrize("connector", ["SharedStorageConnector", "SharedMemoryConnector"])
+@pytest.mark.parametrize("connector", ["SharedStorageConnector", "SharedMemoryConnector", *APART])
 def test_what_the_shared_cache_has_is_loaded_from_there(start: Start, cache: str, connector: str) -> None:
     pair = start(connector, cache)
     put(cache, "a", embedding_of("a"))

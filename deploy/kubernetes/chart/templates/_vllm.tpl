@@ -33,8 +33,8 @@ args:
   - --middleware=chiasm.integrations.vllm.middleware.ChiasmMiddleware
   - --disable-access-log-for-endpoints=/health,/livez,/readyz,/metrics,/v1/models
   - {{ printf "--ec-transfer-config=%s" (toJson $ec) | squote }}
-  {{- if not $vllm.embeddingsClaim }}
-  # The connector's two halves need one process.
+  {{- if and (not $vllm.embeddingsClaim) (eq (int .of.gpus) 1) }}
+  # With both halves of the connector in one process, embeddings get to the GPU beside the steps.
   - --distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor
   {{- end }}
   {{- if eq .role "prefill" }}

@@ -60,6 +60,8 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         model_config = vllm_config.model_config
         settings = Settings.read(vllm_config.ec_transfer_config.ec_connector_extra_config)
         _check(vllm_config)
+        if settings.moves_from_memory:
+            _check_workers(vllm_config.parallel_config, settings.connector)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role is ECConnectorRole.SCHEDULER:
@@ -124,8 +126,10 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
 
     def exchange(self) -> Exchange:
         """Return how embeddings are exchanged, as far as the scheduler's half knows."""
-        worker_role = self._other_store
-        place = worker_role.place() if worker_role is not None and worker_role.is_producer else None
+        places = [
+            store.place() for store in (self._store, self._other_store) if store is not None and store.is_producer
+        ]
+        place = next((place for place in places if place is not None), None)
         return Exchange(self._store.store_id(), place, self._store.max_received_bytes if self.is_consumer else None)
 
     def num_unfetched(self) -> int:
@@ -251,6 +255,15 @@ def _check(vllm_config: Any) -> None:
     if model_config.multimodal_config.mm_processor_cache_type == "shm":
         # The scheduler would see where items are, but not what they are.
         raise ConfigurationError("ChiasmECConnector needs --mm-processor-cache-type lru.")
+
+
+def _check_workers(parallel_config: Any, connector: str) -> None:
+    """Raise ConfigurationError if workers may run on other hosts, whose processes can't map the scheduler's memory."""
+    if parallel_config.use_ray or parallel_config.nnodes_within_dp > 1:
+        raise ConfigurationError(
+            f"{connector} needs all workers of an instance on the host of its scheduler, and with Ray or several --nnodes they "
+            "may be on others: use SharedStorageConnector, or --distributed-executor-backend mp on one host."
+        )
 
 
 def _has_hash_seed() -> bool:

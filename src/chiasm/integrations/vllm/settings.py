@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.connectors.extra_config import read_extra_config
-from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer import FROM_MEMORY, ECConnectorFactory, ECTransferConfig, ECTransferRole
 from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.errors import ConfigurationError
@@ -72,6 +72,11 @@ class Settings:
     def folder(self) -> Path | None:
         """The folder; None if there is none."""
         return Path(self.connector_extra_config["shared_storage_path"]) if self.uses_folder else None
+
+    @property
+    def moves_from_memory(self) -> bool:
+        """Whether embeddings go from an encoder's memory to a language model's."""
+        return self.connector_module_path is None and self.connector in FROM_MEMORY
 
     def transfer_config(
         self,
