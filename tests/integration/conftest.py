@@ -167,6 +167,15 @@ class Service:
             time.sleep(0.02)
         return found
 
+    def wait_until_encoders_rest(self) -> None:
+        """Until they have answered all calls, and counted what they did: a language instance may have answered before."""
+        self.wait_until(lambda: not self.busy(Role.ENCODER))
+
+    def encoded(self) -> float:
+        """How many images the encoders have encoded, when they rest."""
+        self.wait_until_encoders_rest()
+        return self.metric(Role.ENCODER, ENCODED)
+
     def encoded_after(self, number: float) -> float:
         """How many images the encoders have encoded, as soon as it is more than ``number``: they count what is published."""
         self.wait_until(lambda: self.metric(Role.ENCODER, ENCODED) > number)
