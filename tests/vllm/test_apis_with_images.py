@@ -16,7 +16,7 @@ import pytest
 
 from chiasm.wire import COUNT_TOKENS_PATH, IMAGE_PATHS, MESSAGES_PATH, RESPONSES_PATH
 
-from .fleet import front, images
+from .fleet import front, images, wait_until_encoders_rest
 from .processes import CALL_SECONDS, CLIENT, MODEL, Server
 from .wire import Body, image_bytes
 
@@ -163,6 +163,7 @@ def test_prefill_answers_alone(fleet: Fleet) -> None:
 
 
 def test_tokens_are_counted_without_an_encoder(fleet: Fleet) -> None:
+    wait_until_encoders_rest(fleet.split, fleet.split_twice)
     saved = fleet.encoder.count("saves")
     for path, body in bodies(9300):
         if path == MESSAGES_PATH:
@@ -172,6 +173,7 @@ def test_tokens_are_counted_without_an_encoder(fleet: Fleet) -> None:
 
 
 def test_tenants_share_no_embedding(fleet: Fleet) -> None:
+    wait_until_encoders_rest(fleet.split, fleet.split_twice)
     data = image_bytes(9400)
     content = user(block(data), QUESTION, kind="text"), user(part(data), QUESTION, kind="input_text")
     plain, saved = [messages(content[0]), responses(content[1])], fleet.encoder.count("saves")
