@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def tiny(
         "settings": SMALL | {"max_num_seqs": 1},
     }
     # One test has the reader stand still until the encoder, which may be slow, is far ahead of it.
-    patience = {"deadline_seconds": 120, "wait_for_instance_seconds": 60}
+    patience: dict[str, Any] = {"deadline_seconds": 120, "wait_for_instance_seconds": 60}
     yield from run(checkpoint, {Role.ENCODER: 1, **roles}, fields=fields, **patience)
 
 
