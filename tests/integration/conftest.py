@@ -159,7 +159,7 @@ class Service:
         """URLs of the instances of a role that a call is under way to."""
         return [one["url"] for one in self.health() if one["role"] == role and one["in_flight"]]
 
-    def wait_until(self, condition: Callable[[], _T], seconds: float = 60) -> _T:
+    def wait_until(self, condition: Callable[[], _T], seconds: float = 120) -> _T:
         """Return what ``condition`` returns, as soon as that is true."""
         end = time.monotonic() + seconds
         while not (found := condition()):
