@@ -41,7 +41,9 @@ def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """Two encoders and a PD behind a proxy that takes few requests at once; the last test of this file kills it."""
     arguments = ["--encoders", "2", "--pds", "1", "--deadline-seconds", str(DEADLINE_SECONDS), *SMALL]
     arguments += ["--max-model-len", str(LONG_TOKENS + 192)]
-    arguments += ["--shared-storage-path", str(store), "--proxy-args", f"--max-concurrent-requests {MOST_AT_ONCE}"]
+    # Encoders that stand still until two hundred requests have come, which may take a while, are not given up.
+    of_proxy = f"--max-concurrent-requests {MOST_AT_ONCE} --probe-timeout-seconds {DEADLINE_SECONDS}"
+    arguments += ["--shared-storage-path", str(store), "--proxy-args", of_proxy]
     with Running(tmp_path_factory.mktemp("faults"), "serve", "demo", "--engine", "vllm", *arguments) as running:
         yield Service(running)
 
