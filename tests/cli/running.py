@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ class Running:
     ) -> None:
         family = [*self.children, self.process]
         for process in alive(family):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends with its parent
+                process.kill()
         self.process.wait(60)
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.ec_transfer.stores import guard, redis
+from chiasm.ec_transfer.stores import guard, recovery, redis
 
 from .instance import Instance, config_for
 
@@ -15,6 +15,7 @@ def stores_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine is no fault of a store."""
     for name in ("_CONNECT_SECONDS", "_CALL_SECONDS", "_WRITE_SECONDS"):
         monkeypatch.setattr(redis, name, 30.0)
+    monkeypatch.setattr(recovery, "_SECONDS", 30.0)
 
 
 @pytest.fixture

@@ -331,8 +331,7 @@ def test_an_encoder_reads_what_it_has_lost_from_the_store(
 ) -> None:
     publish(encoder, NAMES[0])
     encoder.discard(NAMES[0], "it is lost")
-    while not encoder.restore(NAMES[0], 16):  # the store may have been too slow
-        pass
+    assert encoder.restore(NAMES[0], 16)
     stats = encoder.store_stats
     assert isinstance(stats, StoreWrites)
     assert (stats.restored, stats.writes, stats.queued_bytes) == (1, 1, 0)

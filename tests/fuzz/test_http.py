@@ -137,4 +137,5 @@ def test_no_request_gets_500(where: str, request: pytest.FixtureRequest) -> None
         assert status_of(url, path, body, fields) not in (500, 502)
 
     send()
-    assert status_of(url, CHAT_PATH, json.dumps(GOOD).encode(), {}) == 200
+    patient = {"X-Request-Deadline-Ms": "60000"}  # the machine may be busy
+    assert status_of(url, CHAT_PATH, json.dumps(GOOD).encode(), patient) == 200

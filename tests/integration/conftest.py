@@ -159,13 +159,22 @@ class Service:
         """URLs of the instances of a role that a call is under way to."""
         return [one["url"] for one in self.health() if one["role"] == role and one["in_flight"]]
 
-    def wait_until(self, condition: Callable[[], _T], seconds: float = 60) -> _T:
+    def wait_until(self, condition: Callable[[], _T], seconds: float = 120) -> _T:
         """Return what ``condition`` returns, as soon as that is true."""
         end = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < end, "it did not happen in time"
             time.sleep(0.02)
         return found
+
+    def wait_until_encoders_rest(self) -> None:
+        """Until they have answered all calls, and counted what they did: a language instance may have answered before."""
+        self.wait_until(lambda: not self.busy(Role.ENCODER))
+
+    def encoded(self) -> float:
+        """How many images the encoders have encoded, when they rest."""
+        self.wait_until_encoders_rest()
+        return self.metric(Role.ENCODER, ENCODED)
 
     def encoded_after(self, number: float) -> float:
         """How many images the encoders have encoded, as soon as it is more than ``number``: they count what is published."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from chiasm.cores import ENCODER_NICE
 from chiasm.launch.layout import Layout
 from chiasm.wire import Role
-from tests.integration.conftest import ENCODED, Service, chat, run, sample_image
+from tests.integration.conftest import Service, chat, run, sample_image
 
 STREAMS_PER_PD = 3
 IMAGES = 6
@@ -27,7 +28,10 @@ def colocated(checkpoint: Path) -> Iterator[Service]:
 
 def niceness(pid: int) -> list[int]:
     """Return the niceness of each thread of a process."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    stats = []
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            stats.append(path.read_text())
     return [int(stat.rpartition(")")[2].split()[16]) for stat in stats]
 
 
@@ -39,16 +43,17 @@ def test_images_are_answered_while_streams_keep_every_pd_busy(colocated: Service
     def stream(number: int) -> int:
         """Ask for one long stream after the other; return how many were whole."""
         whole = 0
-        while not ended.is_set():
+        while True:
             whole += "[DONE]" in colocated.post(chat(f"Story {number}", stream=True, max_tokens=400)).text
-        return whole
+            if ended.is_set():
+                return whole
 
     def are_busy() -> bool:
         return all(one["in_flight"] for one in colocated.health() if one["role"] == Role.PD)
 
     bodies = [chat("see", sample_image(seed), "?") for seed in range(100, 100 + IMAGES)]
     answers: list[str] = []
-    before = colocated.metric(Role.ENCODER, ENCODED)
+    before = colocated.encoded()
     with ThreadPoolExecutor(count) as pool:
         streams = [pool.submit(stream, number) for number in range(count)]
         try:

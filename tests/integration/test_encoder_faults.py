@@ -65,9 +65,8 @@ class Turmoil:
     @contextlib.contextmanager
     def _fault(self) -> Iterator[None]:
         """Have a fault happen to an encoder that runs; one that is only stopped goes on afterwards."""
-        pids = {one.url: one.pid for one in self._service.deployment.processes if one.pid}
-        encoders = self._service.deployment.urls(Role.ENCODER)
-        url = self._chance.choice([url for url in encoders if pids.get(url, 0) not in self._killed])
+        pids = self._service.wait_until(self._running)  # both may have been killed just now
+        url = self._chance.choice(list(pids))
         pid = pids[url]
         kind = KINDS[self.faults.total() % len(KINDS)]
         self.faults[kind] += 1
@@ -81,6 +80,12 @@ class Turmoil:
         finally:
             if kind == "stopped":
                 os.kill(pid, signal.SIGCONT)
+
+    def _running(self) -> dict[str, int]:
+        """Process ids of the encoders that run, by URL."""
+        pids = {one.url: one.pid or 0 for one in self._service.deployment.processes}
+        encoders = self._service.deployment.urls(Role.ENCODER)
+        return {url: pids[url] for url in encoders if pids.get(url, 0) not in self._killed}
 
     def end(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ import pytest
 from chiasm.fleet_key import make_fleet_key
 from tests.cli.running import Running
 from tests.hosts import Host, Network
-from tests.integration.conftest import MODEL, Service, chat, said, sample_image
+from tests.integration.conftest import ANSWER_SECONDS, MODEL, Service, chat, said, sample_image
 from tests.launch.waiting import eventually
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
@@ -66,7 +66,7 @@ class Fleet:
         """Ask the proxy, on its host."""
         assert self._client is not None
         with self._client.inside():
-            response = httpx.post(f"{self._url}/v1/chat/completions", json=body, timeout=60)
+            response = httpx.post(f"{self._url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS)
         assert response.status_code == 200, response.text
         return said(response.json()["choices"][0]["message"])
 
@@ -74,7 +74,7 @@ class Fleet:
         """What the proxy thinks of each instance, by role."""
         assert self._client is not None
         with self._client.inside():
-            health = httpx.get(f"{self._url}/health", timeout=10).json()
+            health = httpx.get(f"{self._url}/health", timeout=60).json()
         return {instance["role"]: instance["state"] for instance in health["instances"]}
 
     def _start(self, host: Host, *arguments: str) -> Running:

@@ -203,7 +203,7 @@ def test_a_store_that_is_killed_while_a_pd_reads_from_it_costs_an_encode(
     body = chat("and what now?", sample_image(6000), sample_image(6001), "?")
     try:
         assert service.answer(body) == aggregated.answer(body)
-        assert between.killed.is_set()
+        assert between.killed.wait(60)
         assert service.metric(Role.PD, "chiasm_ec_store_read_failures_total") > failures
         service.wait_until(lambda: counted(service, outcome("encoded")) > encoded)
     finally:

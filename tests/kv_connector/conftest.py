@@ -10,6 +10,7 @@ import pytest
 from chiasm.kv_transfer import KVTransferRole
 from chiasm.transfer.nixl import MODULES
 
+from ..transfer.holder import be_patient
 from .gated_connector import GATE
 from .instance import Instance, config_for
 
@@ -17,6 +18,13 @@ HAS_NIXL = any(importlib.util.find_spec(name) for name in MODULES)
 NEEDS_NIXL = pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed")
 
 Make = Callable[..., Instance]
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _patience() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        be_patient(patch)
+        yield
 
 
 @pytest.fixture(

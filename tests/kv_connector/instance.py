@@ -38,7 +38,8 @@ class Request:
 
 
 def config_for(connector: str, role: KVTransferRole, **changes: Any) -> KVTransferConfig:
-    settings: dict[str, Any] = {"connector": connector, "role": role, "fingerprint": "5eed"} | changes
+    settings: dict[str, Any] = {"connector": connector, "role": role, "fingerprint": "5eed"}
+    settings |= {"connect_timeout_seconds": PATIENCE_SECONDS} | changes  # nobody is lost because the machine is busy
     settings.setdefault("engine_id", "P" if role is KVTransferRole.PRODUCER else "D")
     return KVTransferConfig(**settings)
 

@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import pytest
 
 from chiasm.kv_transfer import KVLayout, KVTransferConfig
 from chiasm.wire import KVTransferParams
 
+from ..transfer.holder import be_patient
 from .instance import LAYOUT, NUM_BLOCKS, PATIENCE_SECONDS, Instance
 
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
@@ -111,6 +113,7 @@ def _serve(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
+    be_patient(pytest.MonkeyPatch())
     instance = _Commands(config, layout, num_blocks)
     pipe.send((True, "ready"))
     with contextlib.suppress(EOFError):
@@ -137,5 +140,9 @@ def stopped(process: InstanceProcess) -> Iterator[None]:
 
 
 def _state(stat_path: str) -> str:
-    with open(stat_path) as file:
-        return file.read().rpartition(")")[2].split()[0]
+    """A thread that has ended stands as still as one that is stopped."""
+    try:
+        with open(stat_path) as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"

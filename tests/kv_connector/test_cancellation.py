@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import torch
+
+from chiasm.launch.ports import HeldPort
 
 from .gated_connector import GATE
 from .instance import NUM_BLOCKS, Instance
@@ -103,10 +103,11 @@ def test_after_one_of_two_loads(prefill: Instance, decode: Instance) -> None:
 
 def test_after_it_failed(prefill: Instance, decode: Instance) -> None:
     handle = prefill.prefill("p", [1])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        handle.remote_port = server.getsockname()[1]
+    nobody = HeldPort("127.0.0.1")
+    handle.remote_port = nobody.port
     request = decode.arrive("d", handle)
     decode.wait_for(lambda seen: "d" in seen.failed)
+    nobody.release()
     decode.load(request, [1])  # noted before the scheduler knew
     decode.wait_for(lambda seen: seen.broken_off == {("d", 0)})
     decode.drop(request)

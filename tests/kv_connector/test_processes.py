@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import os
 import threading
 import time
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 
 from chiasm.kv_transfer import KVTransferRole
+from chiasm.kv_transfer.pull import PullConnector
 from chiasm.kv_transfer.puller import MAX_IDLE_PRODUCERS
 
+from ..free_ports import free_port
 from .conftest import NEEDS_NIXL, Make
 from .instance import LAYOUT, PATIENCE_SECONDS, Instance, config_for
 from .processes import InstanceProcess, stopped
@@ -92,7 +96,7 @@ def test_a_producer_that_is_killed_fails_its_own_requests(
 
 
 def test_a_producer_that_comes_back_on_its_port_is_met_anew(start: Start, decode: Instance) -> None:
-    first = start(KVTransferRole.PRODUCER, engine_id="first")
+    first = start(KVTransferRole.PRODUCER, engine_id="first", port=free_port())  # nobody takes it meanwhile
     handle = first.call("prefill", "p", [1])
     decode.fetch("d", handle, [1])
     lost = first.call("prefill", "lost", [2])
@@ -107,13 +111,14 @@ def test_a_producer_that_comes_back_on_its_port_is_met_anew(start: Start, decode
 
 def test_a_producer_that_hangs_fails_its_own_requests(start: Start, make: Make, connector: str) -> None:
     """Whatever it sends when it continues is ignored."""
-    decode = make(connector, KVTransferRole.CONSUMER, connect_timeout_seconds=3.0)
+    decode = make(connector, KVTransferRole.CONSUMER)
     still = start(KVTransferRole.PRODUCER, engine_id="still")
     living = make(connector, KVTransferRole.PRODUCER, engine_id="living")
     decode.fetch("before", still.call("prefill", "before", [1]), [1])
     handle = still.call("prefill", "p", [2])
     with stopped(still):
-        assert "did not answer" in decode.failure_of(decode.arrive("d", handle))
+        with impatient(decode):
+            assert "did not answer" in decode.failure_of(decode.arrive("d", handle))
         decode.fetch("other", living.prefill("o", [1]), [2])
     decode.fetch("after", still.call("prefill", "after", [3]), [3])
     assert decode.holds("after", [3])
@@ -128,16 +133,25 @@ def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, m
     living = make("NixlConnector", KVTransferRole.PRODUCER, engine_id="living")
     with InstanceProcess(config_for("NixlConnector", KVTransferRole.PRODUCER), LAYOUT, 4 * BIG) as still:
         decode.fetch("first", still.call("prefill", "first", [1]), [1])
-        request = decode.arrive("d", still.call("prefill", "p", list(range(4 * BIG))))
-        decode.load(request, range(4 * BIG))
-        decode.blocks.fill_(7)
-        decode.step()
-        while bool((decode.blocks[0] == 7).all()):
-            pass
-        with stopped(still):
-            decode.drop(request)
-            decode.wait_for(lambda seen: ("d", 0) in seen.broken_off)
+        for attempt in range(100):
+            name = f"d{attempt}"
+            request = decode.arrive(name, still.call("prefill", f"p{attempt}", list(range(4 * BIG))))
+            decode.load(request, range(4 * BIG))
             decode.blocks.fill_(7)
+            decode.step()
+            while bool((decode.blocks[0] == 7).all()):
+                pass
+            with stopped(still):
+                is_in_the_middle = bool((decode.blocks[-BIG:] == 7).all())
+                decode.drop(request)
+                if is_in_the_middle:
+                    decode.wait_for(lambda seen: (name, 0) in seen.broken_off)  # noqa: B023
+                    decode.blocks.fill_(7)
+                    break
+            # The test was too slow to stop it: it has sent nearly everything.
+            decode.wait_for(lambda seen: (name, 0) in seen.loaded | seen.broken_off)  # noqa: B023
+            still.call("wait_until_sent", f"p{attempt}")
+        assert is_in_the_middle
         decode.fetch("other", living.prefill("o", [1]), [5])
         assert decode.holds("o", [5])
         decode.blocks[5] = 7
@@ -165,9 +179,11 @@ def test_nothing_is_left_after_shutdown(connector: str) -> None:
             instance.shutdown()
 
     run()  # afterwards libraries hold what they keep for good
+    gc.collect()
     before = held_by_this_process()
     for _ in range(3):
         run()
+    gc.collect()
     give_up = time.monotonic() + PATIENCE_SECONDS
     while not held_by_this_process() <= before and time.monotonic() < give_up:
         time.sleep(0.01)  # a thread takes a moment to disappear
@@ -199,6 +215,20 @@ def test_a_producer_that_is_gone_is_forgotten(make: Make) -> None:
         decode.step()
     decode.failure_of(claimed)
     assert shared_maps() <= before
+
+
+@contextlib.contextmanager
+def impatient(decode: Instance) -> Iterator[None]:
+    """What a consumer asks meanwhile has to be answered soon."""
+    assert isinstance(decode.worker, PullConnector)
+    puller = decode.worker._puller
+    assert puller is not None
+    patient = puller._config
+    puller._config = dataclasses.replace(patient, connect_timeout_seconds=0.2)
+    try:
+        yield
+    finally:
+        puller._config = patient
 
 
 def held_by_this_process() -> Counter[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.launch.ports import HeldPort, instance_infos
+from tests.launch.waiting import eventually
 
 ANSWERS = {
     "/good/health": (200, b'{"instances": [{"url": "http://e", "state": "healthy"}]}'),
@@ -90,11 +91,11 @@ def test_all_addresses_are_reached_through_loopback() -> None:
 
 
 def test_each_instance_has_its_state(url: str) -> None:
-    assert states(f"{url}/good") == {"http://e": "healthy"}
+    assert eventually(lambda: states(f"{url}/good") == {"http://e": "healthy"})  # who answers late isn't waited for
 
 
 def test_a_proxy_that_cannot_answer_requests_still_reports_states(url: str) -> None:
-    assert states(f"{url}/partly") == {"http://e": "starting"}
+    assert eventually(lambda: states(f"{url}/partly") == {"http://e": "starting"})
 
 
 @pytest.mark.parametrize("path", ["strange", "broken"])

@@ -43,6 +43,16 @@ if __name__ == "__main__":
     http.server.ThreadingHTTPServer(("127.0.0.1", {port}), Health).serve_forever()
 """
 
+PATIENT = """
+import sys
+from chiasm.launch import supervisor
+
+for name in ("_TRACKER_SECONDS", "_KILLED_SECONDS", "_GRACE_SECONDS"):
+    setattr(supervisor, name, 60.0)
+sys.exit(supervisor.main())
+"""
+"""A supervisor that gives what it ends the time to go that it may take on a busy machine."""
+
 
 class Supervised:
     """A supervisor, with the server's code in a file; leaving it kills what is left."""
@@ -61,7 +71,7 @@ class Supervised:
         file = folder / f"server-{port}.py"
         file.write_text(SERVER.format(before=textwrap.indent(before, "    ").lstrip(), worker=worker, port=port))
         self._errors = folder / f"stderr-{port}"
-        command = [sys.executable, "-m", "chiasm.launch.supervisor", "--url", self.url]
+        command = [sys.executable, "-c", PATIENT, "--url", self.url]
         command += ["--shutdown-timeout-seconds", str(seconds)]
         command += ["--turn", str(turn)] if turn else []
         command += ["--nice", str(nice)] if nice else []

@@ -9,6 +9,7 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +351,9 @@ async def test_a_slow_response_ends_with_the_timeout(make: Make, site: Site, pat
 
 
 async def test_waiting_for_other_fetches_ends_with_the_timeout(make: Make, site: Site) -> None:
-    fetcher = make(fetch_timeout_seconds=3, max_concurrent_fetches=1)
+    fetcher = make(fetch_timeout_seconds=0.5, max_concurrent_fetches=1)
     await asyncio.gather(*(refused(fetcher, f"{site.url}/slow", "media_timeout") for _ in range(3)))
+    fetcher.config = replace(fetcher.config, fetch_timeout_seconds=60.0)
     assert await fetcher.fetch(f"{site.url}/image") == IMAGE
 
 

@@ -74,7 +74,7 @@ async def test_a_name_that_failed_is_not_looked_up_again_at_once(
     for _ in range(3):
         with pytest.raises(socket.gaierror):
             await resolve("dead.example")
-    assert service.asked == ["dead.example"]
+    assert service.asked.count("dead.example") == 1
 
 
 async def test_a_fetch_that_is_given_up_ends_no_lookup_of_others(

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from chiasm.transfer import tcp
-
-from .holder import PATIENCE_SECONDS
+from .holder import be_patient
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _patience() -> Iterator[None]:
-    """No connection counts as broken because the machine is busy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tcp, "PATIENCE_SECONDS", PATIENCE_SECONDS)
+        be_patient(patch)
         yield

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 import msgspec
 import numpy as np
+import pytest
 
+from chiasm.transfer import nixl, tcp
 from chiasm.transfer.channel import Channel, ControlThread
 from chiasm.transfer.greeting import Challenge, Terms
 from chiasm.transfer.listener import Listener
@@ -20,6 +22,12 @@ from tests.transfer.raw_connection import RawConnection
 PATIENCE_SECONDS = 30.0
 NUM_BYTES = 32 << 20
 TERMS = Terms("test", 1, {"model": "5eed"})
+
+
+def be_patient(patch: pytest.MonkeyPatch) -> None:
+    """No connection and no read counts as broken because the machine is busy."""
+    patch.setattr(tcp, "PATIENCE_SECONDS", PATIENCE_SECONDS)
+    patch.setattr(nixl, "_PATIENCE_SECONDS", PATIENCE_SECONDS)
 
 
 class Echo(msgspec.Struct, tag="echo", frozen=True):

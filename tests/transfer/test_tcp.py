@@ -143,8 +143,8 @@ def test_a_hostile_request_ends_its_connection_and_no_other(
     holder.offered.grant(7, 1, [Range(0, SIZE)])
     with stranger(holder.peer) as hostile:
         attach(hostile, holder)
-        hostile.socket.sendall(request_bytes)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionError):  # a long one may be cut off before all of it is sent
+            hostile.socket.sendall(request_bytes)
             assert hostile.socket.recv(1) in {b"\1", b""}
         assert hostile.is_closed()
     assert reached.read([Run(0, 0, SIZE)], never)

@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
@@ -34,6 +34,7 @@ SMALL = (
     "256MiB",
 )
 SHARED_MEMORY = Path("/dev/shm")
+_T = TypeVar("_T")
 
 
 class Service:
@@ -68,11 +69,27 @@ class Service:
         found: list[dict[str, Any]] = CLIENT.get(f"{self.url}/health", timeout=CALL_SECONDS).json()["instances"]
         return [one for one in found if role in (None, one["role"])]
 
+    def busy_encoders(self) -> list[str]:
+        """Return the URLs of the encoders that have calls now."""
+        return [one["url"] for one in self.instances("encoder") if one["in_flight"]]
+
+    def wait_until_encoders_rest(self) -> None:
+        """Until they have answered all calls, and counted what they did: a language instance may have answered before."""
+        self.wait(lambda: not self.busy_encoders())
+
     def is_whole(self) -> bool:
         return all(one["state"] == "healthy" for one in self.instances())
 
-    def wait(self, holds: Callable[[], object]) -> None:
+    def wait(self, condition: Callable[[], _T]) -> _T:
+        """Return what ``condition`` returns, as soon as that is true."""
+        found: list[_T] = []
+
+        def holds() -> _T:
+            found[:] = [condition()]
+            return found[0]
+
         assert eventually(holds, START_SECONDS), self.running.stderr[-4000:]
+        return found[0]
 
     def server(self, url: str) -> psutil.Process:
         """Return the ``vllm serve`` process that listens, or is going to listen, at ``url``."""

@@ -16,7 +16,7 @@ import pytest
 
 from chiasm.wire import COUNT_TOKENS_PATH, IMAGE_PATHS, MESSAGES_PATH, RESPONSES_PATH
 
-from .fleet import front, images, record_of, spans_of
+from .fleet import front, images, record_of, spans_of, wait_until_encoders_rest
 from .processes import CALL_SECONDS, CLIENT, MODEL, Server
 from .wire import Body, image_bytes
 
@@ -217,6 +217,7 @@ def check_first_token(record: Any) -> None:
 
 
 def test_tokens_are_counted_without_an_encoder(fleet: Fleet) -> None:
+    wait_until_encoders_rest(fleet.split, fleet.split_twice)
     saved = fleet.encoder.count("saves")
     for path, body in bodies(9300):
         if path == MESSAGES_PATH:
@@ -226,6 +227,7 @@ def test_tokens_are_counted_without_an_encoder(fleet: Fleet) -> None:
 
 
 def test_tenants_share_no_embedding(fleet: Fleet) -> None:
+    wait_until_encoders_rest(fleet.split, fleet.split_twice)
     data = image_bytes(9400)
     content = user(block(data), QUESTION, kind="text"), user(part(data), QUESTION, kind="input_text")
     plain, saved = [messages(content[0]), responses(content[1])], fleet.encoder.count("saves")

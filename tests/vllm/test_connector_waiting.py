@@ -139,10 +139,14 @@ def test_an_entry_of_another_size_is_removed_and_fails_its_request_if_it_comes_a
     data = image_bytes(30)
     ((name, metadata),) = encode(encoder, data).items()
     assert metadata["image_grid_thw"] != [1, 2, 2]
+
+    def awaited() -> object:
+        return httpx.get(f"{pd.url}{AWAITED_PATH}", timeout=CALL_SECONDS).json()
+
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(pd.post, chat(embeds_part(name, {"image_grid_thw": [1, 2, 2]}), QUESTION))
         pd.until(lambda: not entry(store, data).exists())
-        assert httpx.get(f"{pd.url}{AWAITED_PATH}", timeout=CALL_SECONDS).json() == {"identifiers": [name]}
+        pd.until(lambda: awaited() == {"identifiers": [name]})
         encode(encoder, data)
         assert answer.result().status_code == 503
     assert pd.post(chat(embeds_part(name, metadata), QUESTION)).status_code == 200

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from tests.free_ports import free_port
+from tests.free_ports import free_ports
 
 from .processes import ROOT, START_SECONDS
 
@@ -19,18 +18,8 @@ PORTS = 6
 """The script uses the proxy's port and the ones after it."""
 
 
-def free_ports() -> int:
-    """Return the first of ``PORTS`` free ports in a row."""
-    while True:
-        first = free_port()
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + PORTS):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
 def test_it_answers(tmp_path: Path) -> None:
-    first = free_ports()
+    first = free_ports(PORTS)
     environment = {**os.environ, "PYTHON": sys.executable, "PROXY_PORT": str(first), "TMPDIR": str(tmp_path)}
     environment |= {"LOG_PATH": str(tmp_path / "logs"), "SHARED_STORAGE_PATH": str(tmp_path / "ec")}
     with subprocess.Popen(

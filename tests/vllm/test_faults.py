@@ -41,7 +41,9 @@ def service(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """Two encoders and a PD behind a proxy that takes few requests at once; the last test of this file kills it."""
     arguments = ["--encoders", "2", "--pds", "1", "--deadline-seconds", str(DEADLINE_SECONDS), *SMALL]
     arguments += ["--max-model-len", str(LONG_TOKENS + 192)]
-    arguments += ["--shared-storage-path", str(store), "--proxy-args", f"--max-concurrent-requests {MOST_AT_ONCE}"]
+    # Encoders that stand still until two hundred requests have come, which may take a while, are not given up.
+    of_proxy = f"--max-concurrent-requests {MOST_AT_ONCE} --probe-timeout-seconds {DEADLINE_SECONDS}"
+    arguments += ["--shared-storage-path", str(store), "--proxy-args", of_proxy]
     with Running(tmp_path_factory.mktemp("faults"), "serve", "demo", "--engine", "vllm", *arguments) as running:
         yield Service(running)
 
@@ -63,11 +65,6 @@ def _workers(service: Service, role: str) -> list[psutil.Process]:
     """Return all processes of the instances of a role."""
     servers = service.servers(role)
     return [process for server in servers for process in (server, *server.children(recursive=True))]
-
-
-def _busy_encoders(service: Service) -> list[str]:
-    """Return the URLs of the encoders that have calls now."""
-    return [one["url"] for one in service.instances("encoder") if one["in_flight"]]
 
 
 def _entries(store: Path) -> set[Path]:
@@ -153,6 +150,7 @@ def test_an_entry_that_is_torn_is_encoded_again(service: Service, store: Path) -
     os.truncate(entry, entry.stat().st_size // 2)
     for number in range(8):  # so that the PD evicts the embedding from its memory
         service.answer(Question(340 + number, (512, 512)).body)
+    service.wait_until_encoders_rest()
     saved = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     again = chat(*reversed(question.body["messages"][0]["content"]), max_tokens=16)
     assert service.answer(again)
@@ -172,8 +170,7 @@ class TestEncodersDie:
         servers = {one["url"]: service.server(one["url"]) for one in service.instances("encoder")}
         with stopped(*servers.values()), ThreadPoolExecutor(1) as pool:
             answer = pool.submit(service.answer, question.body)
-            service.wait(lambda: _busy_encoders(service))
-            busy, *_ = _busy_encoders(service)  # they are stopped, so what has begun goes on
+            busy, *_ = service.wait(service.busy_encoders)  # they are stopped, so what has begun goes on
             servers.pop(busy).kill()
             for server in servers.values():
                 server.resume()
@@ -187,7 +184,7 @@ class TestEncodersDie:
         assert len(supervisors) == 2
         with stopped(*servers, *supervisors), ThreadPoolExecutor(1) as pool:  # none is there again before the answer
             response = pool.submit(service.post, Question(410).body)
-            service.wait(lambda: response.done() or _busy_encoders(service))
+            service.wait(lambda: response.done() or service.busy_encoders())
             for server in servers:
                 server.kill()
             assert response.result(DEADLINE_SECONDS).status_code == 503

@@ -16,7 +16,7 @@ import pytest
 from tests.free_ports import free_port
 
 from .conftest import Launch
-from .fleet import ask, ask_all, ask_for_stream, bodies, front
+from .fleet import ask, ask_all, ask_for_stream, bodies, front, wait_until_encoders_rest
 from .processes import CALL_SECONDS, CLIENT, Server, chiasm_instance
 from .wire import chat, image_bytes, image_part
 
@@ -46,6 +46,7 @@ def before(logs: Path, request: pytest.FixtureRequest) -> Iterator[Before]:
             server = front(logs, f"{request.node.name}-{free_port()}", **instances)
             stack.callback(server.stop)
             server.wait_ready()
+            stack.callback(wait_until_encoders_rest, server)  # what they do isn't counted in the next test
             return server
 
         yield start

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from .conftest import Launch
-from .fleet import WAIT_SECONDS, front
-from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
+from .fleet import WAIT_SECONDS, busy_encoders, front, wait_until_encoders_rest
+from .processes import CALL_SECONDS, CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
 from .serving import Question
 
 CONNECTOR = "TcpConnector"
@@ -31,11 +31,6 @@ class Fleet:
     pd: Server
     """vLLM's."""
     proxy: Server
-
-    def busy(self) -> list[str]:
-        """URLs of the encoders that have calls now."""
-        instances = CLIENT.get(f"{self.proxy.url}/health", timeout=CALL_SECONDS).json()["instances"]
-        return [one["url"] for one in instances if one["role"] == "encoder" and one["in_flight"]]
 
     def check(self, question: Question, **options: str) -> None:
         assert self.proxy.answer(question.body | options).strip() == question.answer
@@ -73,8 +68,8 @@ def test_an_encoder_that_is_killed_loses_what_is_wanted_of_it_and_nothing_that_h
             question = Question(next(SEEDS))
             with stopped(fleet.mortal, fleet.other):
                 answer = pool.submit(fleet.proxy.answer, question.body)
-                fleet.proxy.until(lambda: bool(fleet.busy()))
-                if fleet.mortal.url in fleet.busy():
+                fleet.proxy.until(lambda: bool(busy_encoders(fleet.proxy)))
+                if fleet.mortal.url in busy_encoders(fleet.proxy):
                     fleet.mortal.kill()
             assert answer.result(CALL_SECONDS).strip() == question.answer
     fleet.check(came, cache_salt="anew")  # so no KV is used again
@@ -90,5 +85,6 @@ def _until_one_comes_from_the_mortal(fleet: Fleet) -> Question:
         saves = fleet.mortal.count("saves")
         question = Question(next(SEEDS))
         fleet.check(question)
+        wait_until_encoders_rest(fleet.proxy)
         if fleet.mortal.count("saves") > saves:
             return question

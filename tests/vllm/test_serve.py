@@ -78,6 +78,7 @@ def test_what_the_proxy_does_not_understand_reaches_vllm(service: Service) -> No
 
 
 def test_only_the_encoder_encodes(service: Service) -> None:
+    service.wait_until_encoders_rest()
     before = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     service.answer(Question(50).body)
     service.wait(lambda: service.metric("vllm:chiasm_ec_saves_total", "encoder") == before + 1)
@@ -98,6 +99,7 @@ def test_an_image_that_the_shared_cache_has_is_not_encoded(service: Service, sha
     service.wait(lambda: shared_cache.has_entry(known))  # encoders write behind
     copy_entry(shared_cache, known, same, fingerprint)
 
+    service.wait_until_encoders_rest()
     saves = service.metric("vllm:chiasm_ec_saves_total", "encoder")
     reads = service.metric("vllm:chiasm_ec_store_reads_total", "prefill")
     text = question.body["messages"][0]["content"][-1]["text"]

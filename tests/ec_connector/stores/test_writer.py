@@ -26,11 +26,13 @@ class HeldStore(Store):
 
     def put(self, entry: StoredEntry, data: memoryview) -> None:
         self.begun.set()
-        assert self.go_on.wait(30)
-        self.ended.release()
-        if self.error is not None:
-            raise self.error
-        self.written.append(entry.identifier)
+        try:
+            assert self.go_on.wait(30)
+            if self.error is not None:
+                raise self.error
+            self.written.append(entry.identifier)
+        finally:
+            self.ended.release()
 
     def exists_many(self, identifiers: object, fingerprint: str) -> list[StoredEntry | None]:
         raise AssertionError
@@ -63,7 +65,7 @@ def test_entries_are_written_in_the_order_in_which_they_came(store: HeldStore) -
     for _ in range(3):
         assert store.ended.acquire(timeout=30)
     writer.stop()
-    assert store.written[:3] == [f"{number:064x}" for number in (3, 1, 2)][: len(store.written)]
+    assert store.written == [f"{number:064x}" for number in (3, 1, 2)]
 
 
 def test_what_does_not_fit_in_the_queue_is_dropped_and_counted(store: HeldStore) -> None:
