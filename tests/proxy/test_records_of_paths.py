@@ -81,8 +81,8 @@ def _clock() -> Callable[[], float]:
     return lambda: loop.time() - began
 
 
-def played_encoder(published: asyncio.Event) -> FakeInstance:
-    """Return an encoder of vLLM with chiasm's middleware, which sets ``published``."""
+def played_encoder() -> FakeInstance:
+    """Return an encoder of vLLM with chiasm's middleware."""
 
     async def encode_and_tell(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         now = _clock()
@@ -97,9 +97,6 @@ def played_encoder(published: asyncio.Event) -> FakeInstance:
             TimingEntry("total", now()),
         ]
         response.headers["Server-Timing"] = write_timing(entries)
-        await response.prepare(request)
-        await response.write_eof()
-        published.set()  # so that the PD answers later than the encoder
         return response
 
     encoder = FakeInstance("encoder", engine=VLLM["engine"])
@@ -144,11 +141,16 @@ async def test_an_image_that_is_encoded_apart_has_its_stages(
     start: Start, images: Images, path: str, stream: bool
 ) -> None:
     published = asyncio.Event()
-    encoder, pd = played_encoder(published), PlayedVLLM(embedding=published)
+    encoder, pd = played_encoder(), PlayedVLLM(embedding=published)
     front = await start([encoder, pd])
     url = await images(image_bytes())
     body = body_of(path, image_of(path, url), stream=stream)
-    answer = await front.post(body, path, **{"X-Request-Id": "mine"})
+    asking = asyncio.ensure_future(front.post(body, path, **{"X-Request-Id": "mine"}))
+    await encoder.arrived.acquire()
+    while front.service.router.encoders._flights:  # until the proxy has the encoder's answer
+        await front.get("/health")
+    published.set()
+    answer = await asking
     assert answer.body == (b"".join(STREAM) if stream else WHOLE)
     record = await front.record("mine")
     assert record["covered"] >= 0.98
