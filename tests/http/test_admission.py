@@ -72,33 +72,37 @@ def test_a_request_that_grows_is_small_no_longer(admission: Admission) -> None:
 def test_large_bodies_that_have_been_arriving_for_long_make_way_the_oldest_first(admission: Admission) -> None:
     now = time.monotonic()
     oldest, old, new = (Request(admission, arrival=now - age) for age in (60, 30, 0))
-    with admission.reading(oldest), admission.reading(old):
-        oldest.hold(40)
-        old.hold(40)
-        new.hold(40)
-        assert isinstance(oldest.interruption, ChiasmError)
-        assert (oldest.held_bytes, old.interruption, admission.held_bytes) == (0, None, 80)
+    admission.begin_reading(oldest)
+    admission.begin_reading(old)
+    oldest.hold(40)
+    old.hold(40)
+    new.hold(40)
+    assert isinstance(oldest.interruption, ChiasmError)
+    assert (oldest.held_bytes, old.interruption, admission.held_bytes) == (0, None, 80)
 
 
 def test_one_whose_body_is_there_does_not_make_way(admission: Admission) -> None:
     answered = Request(admission, arrival=time.monotonic() - 60)
-    with admission.reading(answered):
-        answered.hold(40)
-    with admission.admitted(answered):
+    admission.begin_reading(answered)
+    answered.hold(40)
+    admission.begin_answering(answered)
+    Request(admission).hold(40)
+    with pytest.raises(OverloadedError):
         Request(admission).hold(40)
-        with pytest.raises(OverloadedError):
-            Request(admission).hold(40)
     assert answered.interruption is None
 
 
 def test_a_body_that_arrives_takes_no_place(admission: Admission) -> None:
-    with admission.reading(Request(admission)), admission.reading(Request(admission)):
-        one, other = Request(admission), Request(admission)
-        with admission.reading(one):
-            pass
-        with admission.admitted(one), admission.admitted(other):
-            assert admission.requests == 4
-            with pytest.raises(OverloadedError) as caught, admission.reading(Request(admission)):
-                pass
-            assert caught.value.limit == Limit.REQUESTS
+    requests = [Request(admission) for _ in range(4)]
+    for request in requests:
+        admission.begin_reading(request)
+    for request in requests[:2]:
+        admission.begin_answering(request)
+    assert admission.requests == 4
+    for begin, request in ((admission.begin_reading, Request(admission)), (admission.begin_answering, requests[2])):
+        with pytest.raises(OverloadedError) as caught:
+            begin(request)
+        assert caught.value.limit == Limit.REQUESTS
+    for request in requests:
+        admission.leave(request)
     assert admission.requests == 0

@@ -6,8 +6,6 @@ A place among those being answered is for a request whose body is there. Bytes c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from chiasm.errors import Code, OverloadedError, PayloadTooLargeError
@@ -64,33 +62,22 @@ class Admission:
         """How many bytes of bodies and media they hold."""
         return self._held_bytes
 
-    @contextmanager
-    def reading(self, exchange: Admitted) -> Iterator[None]:
-        """A block in which the body of the exchange arrives. Raises OverloadedError if there would be no place for it now.
+    def begin_reading(self, exchange: Admitted) -> None:
+        """Note that the body of the exchange arrives from now on, which takes no place.
 
-        It takes no place; what it holds is given back if the block ends with an error.
+        Raises OverloadedError if there would be no place for it now.
         """
         self._check_place()
         self._reading[exchange] = None
-        try:
-            yield
-        except BaseException:
-            self.leave(exchange)
-            raise
-        self._reading.pop(exchange, None)
 
-    @contextmanager
-    def admitted(self, exchange: Admitted) -> Iterator[None]:
-        """Count the exchange as being answered until ``leave``, or until the block ends. Raises OverloadedError."""
-        try:
-            self._check_place()
-            self._answered.add(exchange)
-            yield
-        finally:
-            self.leave(exchange)
+    def begin_answering(self, exchange: Admitted) -> None:
+        """Count the exchange, whose body is there, as being answered until ``leave``. Raises OverloadedError."""
+        self._check_place()
+        self._reading.pop(exchange, None)
+        self._answered.add(exchange)
 
     def leave(self, exchange: Admitted) -> None:
-        """Free the place and the bytes that the exchange holds; does nothing the second time."""
+        """Free the place and the bytes that the exchange holds; does nothing the second time. Each exchange must call it."""
         self._reading.pop(exchange, None)
         self._answered.discard(exchange)
         exchange.release()

@@ -99,7 +99,9 @@ async def read_body(
     ClientLeftError.
     """
     _check_media_type(headers.get("content-type", ""))
-    compression = decompressor(", ".join(headers.getlist("content-encoding")))
+    compression = (
+        decompressor(", ".join(headers.getlist("content-encoding"))) if "content-encoding" in headers else None
+    )
     declared = headers.get("content-length")
     if declared is not None and whole_number("Content-Length", declared) > max_bytes:
         raise _too_large(max_bytes)

@@ -77,15 +77,18 @@ class Endpoint:
         bounds = self._bounds
         self._on_start(exchange)
         exchange.read_deadline()
-        with exchange.interruptible():
+        with exchange:
             exchange.end_at_deadline()
-            with self._admission.reading(exchange):
+            try:
+                self._admission.begin_reading(exchange)
                 await exchange.read_body(max_bytes=bounds.max_body_bytes, pace=bounds.pace)
-            with self._admission.admitted(exchange):
+                self._admission.begin_answering(exchange)
                 exchange.end_when_client_leaves()
                 if bounds.grace_seconds:
                     exchange.end_at_deadline(bounds.grace_seconds)
                 await self._handler(exchange)
+            finally:
+                self._admission.leave(exchange)
 
     async def _fail(self, exchange: Exchange, error: ChiasmError) -> None:
         if error.limit is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import TracebackType
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -39,7 +40,7 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """One request being answered. Compared by identity."""
+    """One request being answered. Compared by identity. ``with`` it, the work on it is done, which ``interrupt`` ends."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, admission: Admission, *, deadline_seconds: float
@@ -204,22 +205,20 @@ class Exchange:
             self._interruption = reason
             self._task.cancel()
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """A block that ``interrupt`` ends."""
+    def __enter__(self) -> Exchange:
         self._task = asyncio.current_task()
-        assert self._task is not None
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self._interruption is not None and self._task.uncancel() == 0:
-                raise self._interruption from None
-            raise
-        finally:
-            self._task = None
-            if self._at_deadline is not None:
-                self._at_deadline.cancel()
-            self._connection.forget(self._note_client_left)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        if self._at_deadline is not None:
+            self._at_deadline.cancel()
+        self._connection.forget(self._note_client_left)
+        if isinstance(value, asyncio.CancelledError) and self._interruption is not None and task.uncancel() == 0:
+            raise self._interruption from None
 
     def end_at_deadline(self, grace_seconds: float = 0.0) -> None:
         """From now on the deadline, or so long after it, interrupts with DeadlineExceededError."""

@@ -13,15 +13,15 @@ class Fields(Headers):
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(raw=scope["headers"])
-        self._first = {name.decode("latin-1"): value for name, value in reversed(self._list)}
+        self._first = dict(reversed(self._list))
 
     def __getitem__(self, key: str) -> str:
-        return self._first[key.lower()].decode("latin-1")
+        return self._first[key.lower().encode("latin-1")].decode("latin-1")
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and key.lower() in self._first
+        return isinstance(key, str) and key.lower().encode("latin-1") in self._first
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the first value of a field, or ``default``."""
-        found = self._first.get(key.lower())
+        found = self._first.get(key.lower().encode("latin-1"))
         return default if found is None else found.decode("latin-1")

@@ -14,6 +14,7 @@ _ENTRY = re.compile(rf"\s*({_TOKEN})((?:\s*;\s*{_TOKEN}\s*=\s*{_VALUE})*)\s*(?:,
 _PARAMETER = re.compile(rf";\s*({_TOKEN})\s*=\s*({_VALUE})")
 _USUAL = re.compile(rf"({_TOKEN})" r'(?:;desc="([^"\\]*)")?' r"(?:;dur=([0-9.]{1,20}))?(?:;at=([0-9.]{1,20}))?(?:, |$)")
 """An entry as ``write_timing`` writes it, without what has to be escaped."""
+_ALL_USUAL = re.compile(rf"(?:{_USUAL.pattern})*")
 _ESCAPED = re.compile(r"\\(.)")
 
 
@@ -36,14 +37,14 @@ def read_timing(header: str | None) -> list[TimingEntry]:
     """Return the entries of a header; what isn't well-formed is left out, and a header of absurd length is empty."""
     if not header or len(header) > _MAX_CHARACTERS:
         return []
+    if _ALL_USUAL.fullmatch(header):
+        return [
+            TimingEntry(name, _seconds(dur) if dur else None, description, _seconds(at) if at else None)
+            for name, description, dur, at in _USUAL.findall(header)
+        ]
     entries: list[TimingEntry] = []
     at = 0
     while at < len(header):
-        if usual := _USUAL.match(header, at):
-            name, description, dur, start = usual.groups()
-            entries.append(TimingEntry(name, _seconds(dur), description or "", _seconds(start)))
-            at = usual.end()
-            continue
         match = _ENTRY.match(header, at)
         if match is None:
             comma = header.find(",", at)
@@ -90,10 +91,8 @@ def _read(name: str, parameters: str) -> TimingEntry:
     return TimingEntry(name, seconds, description, at)
 
 
-def _seconds(milliseconds: str | None) -> float | None:
+def _seconds(milliseconds: str) -> float | None:
     """Return a duration, or None for what is none: it may be not a number, negative, or longer than any request takes."""
-    if milliseconds is None:
-        return None
     try:
         seconds = float(milliseconds) / 1000
     except ValueError:

@@ -94,7 +94,8 @@ class Visit:
             self._count(_TOLD_TOKENS.findall(body))
 
     def _count(self, found: Iterable[tuple[bytes, bytes]]) -> None:
-        self.tokens.update((name.decode(), int(count)) for name, count in found)
+        for name, count in found:
+            self.tokens[name.decode()] = int(count)
 
     @property
     def has_failed(self) -> bool:

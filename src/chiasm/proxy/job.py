@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from chiasm.http import Exchange
@@ -56,14 +57,11 @@ class Timing:
 
     def durations(self) -> dict[str, float]:
         """Return what is known, in seconds by name."""
-        return {name: seconds for name in _DURATIONS if (seconds := getattr(self, name)) is not None}
+        return {name: seconds for name, seconds in vars(self).items() if seconds is not None and name != "placement"}
 
     def _entries(self) -> list[TimingEntry]:
         entries = [TimingEntry(name, seconds) for name, seconds in self.durations().items()]
         return [*entries, TimingEntry("placement", description=self.placement)] if self.placement else entries
-
-
-_DURATIONS = tuple(field.name for field in fields(Timing) if field.name != "placement")
 
 
 class Original(NamedTuple):
@@ -104,12 +102,8 @@ class Job:
         self.encoding: asyncio.Future[None] | None = None
         """Has its images encoded, and again if embeddings are lost before the instance has read them. None if it has no images,
         or has them encoded where the text goes."""
-        self.metadata: asyncio.Future[dict[str, bytes]] = asyncio.get_running_loop().create_future()
-        """The encoders' metadata (JSON) by identifier, when all embeddings have been published."""
         self.embeddings_are_read = False
         """Whether the answer has begun: the instance has all embeddings."""
-        self.news_of_embeddings = asyncio.Event()
-        """Set when they are read, when the instance has said that it lacks some, and when another one takes its place."""
         self.original: Original | None = None
         """Kept until the answer begins if an instance that encodes itself could still have to give it."""
         self.identifiers: Sequence[str] = ()
@@ -117,7 +111,20 @@ class Job:
         self._details = exchange.visit.details
         self._trace_headers = {} if trail.trace is None else trail.trace.headers()
         self._encoder_calls = 0
-        self._relay = EventRelay(timing.comment if exchange.timing_comments else lambda: b"")
+
+    @cached_property
+    def metadata(self) -> asyncio.Future[dict[str, bytes]]:
+        """The encoders' metadata (JSON) by identifier, when all embeddings have been published."""
+        return asyncio.get_running_loop().create_future()
+
+    @cached_property
+    def news_of_embeddings(self) -> asyncio.Event:
+        """Set when they are read, when the instance has said that it lacks some, and when another one takes its place."""
+        return asyncio.Event()
+
+    @cached_property
+    def _relay(self) -> EventRelay:
+        return EventRelay(self.timing.comment if self.exchange.timing_comments else lambda: b"")
 
     @property
     def instance(self) -> Instance | None:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import aiohttp
 import msgspec
+from aiohttp import hdrs
 
+from chiasm import __version__
 from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
 from chiasm.http.body import joined
@@ -177,7 +179,7 @@ class Call:
 
     @property
     def is_stream(self) -> bool:
-        return self._response.content_type == "text/event-stream"
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
 
     async def chunk(self) -> bytes:
         """Return what has arrived; empty at the end. Raises ResponseCutOffError."""
@@ -212,7 +214,8 @@ class Call:
     def close(self) -> None:
         """Give the connection back if the response was read to its end; otherwise close it."""
         self._line.leave(self)
-        self._response.close()
+        if not self._response.closed:
+            self._response.close()
 
     def _break_off(self) -> None:
         self._is_broken_off = True
@@ -241,8 +244,7 @@ class Upstream:
             auto_decompress=False,
             trust_env=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_seconds),
-            headers={"Accept-Encoding": "identity"},
-            skip_auto_headers=("User-Agent",),
+            headers={"Accept-Encoding": "identity", "User-Agent": f"chiasm/{__version__}"},
         )
         self._lines: dict[str, Line] = {}
 
@@ -282,14 +284,17 @@ class Upstream:
         It counts as work of the instance unless another ``line`` is given.
         """
         line = self.line(instance_url) if line is None else line
-        signed = await self.signed(instance_url, "POST", path, body, headers)
+        sent = {**await self.signed(instance_url, "POST", path, body, headers), hdrs.CONTENT_TYPE: "application/json"}
+        is_small = len(body) <= _PIECE_BYTES
+        if not is_small:
+            sent[hdrs.CONTENT_LENGTH] = str(len(body))
         try:
             async with asyncio.timeout(None) as limit:
                 line.begin(limit, lambda: limit.reschedule(0))
                 response = await self._session.post(
                     instance_url + path,
-                    data=body if len(body) <= _PIECE_BYTES else _in_pieces(body),
-                    headers={**signed, "Content-Type": "application/json", "Content-Length": str(len(body))},
+                    data=body if is_small else _in_pieces(body),
+                    headers=sent,
                     allow_redirects=False,
                 )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
