@@ -25,7 +25,7 @@ from chiasm.proxy.app import create_app
 from chiasm.proxy.process import create_server
 from chiasm.proxy.service import ProxyService
 
-from .instances import MODEL, FakeInstance
+from .instances import MODEL, Answering, FakeInstance, Received
 
 LOOPBACK = ("127.0.0.0/8",)
 
@@ -248,6 +248,17 @@ async def until_idle(front: Front) -> None:
             or any(one.in_flight or one.outstanding for one in service.fleet.instances)
         ):
             await front.get("/health")
+
+
+def when_encoded(front: Front, answer: Answering) -> Answering:
+    """Answer when the proxy has heard that an image is encoded: a prompt that is computed before has needed no embedding."""
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
+            pass
+        return await answer(instance, request, received)
+
+    return wait
 
 
 async def leave(front: Front, body: dict[str, Any], *arrivals: FakeInstance) -> None:

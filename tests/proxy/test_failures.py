@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, image, image_bytes, leave, until_idle
+from .conftest import Start, ask, image, image_bytes, leave, until_idle, when_encoded
 from .instances import (
     Answering,
     FakeInstance,
@@ -47,15 +47,10 @@ async def first_arrival(instances: list[FakeInstance]) -> FakeInstance:
 async def test_an_encoder_killed_during_a_call_costs_a_retry(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
 
-    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
-            pass
-        return await chat(instance, request, received)
-
     for encoder in encoders:
         encoder.answer = never
-    pd.answer = when_encoded
     front = await start([*encoders, pd])
+    pd.answer = when_encoded(front, chat)
     request = asyncio.ensure_future(front.post(ask("x", image(image_bytes()))))
     killed = await first_arrival(encoders)
     other(encoders, killed).answer = encode

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import Front, Start, ask, image, image_bytes, listen, until_idle
+from .conftest import Front, Start, ask, image, image_bytes, listen, until_idle, when_encoded
 from .instances import (
     SAID,
     VLLM_PAIR,
@@ -79,14 +79,8 @@ async def test_so_do_those_of_a_frozen_prefill_or_decode_instance(start: Start, 
 
 async def test_images_of_a_frozen_encoder_go_to_another(start: Start) -> None:
     encoders, pd = [FakeInstance("encoder"), FakeInstance("encoder")], FakeInstance("pd")
-
-    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
-            pass
-        return await chat(instance, request, received)
-
-    pd.answer = when_encoded
     front = await start([*encoders, pd], **QUICK)
+    pd.answer = when_encoded(front, chat)
     await frozen_with_work(front, encoders, ask(image(image_bytes())))
     assert len(received_by(encoders)) == 2
 

@@ -12,7 +12,7 @@ from aiohttp import web
 from chiasm.media import identifier
 from chiasm.wire import Costs
 
-from .conftest import Front, Heard, Start, ask, data_url, image, image_bytes, listen, until_idle
+from .conftest import Front, Heard, Start, ask, data_url, image, image_bytes, listen, until_idle, when_encoded
 from .instances import (
     FINGERPRINT,
     MODEL,
@@ -303,13 +303,8 @@ async def test_images_are_freed_while_decode_answers(start: Start) -> None:
         await going.wait()
         return await decode(instance, request, received)
 
-    async def encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
-            pass
-        return await prefill(instance, request, received)
-
     front, p, d = await begin(start, encoder)
-    p.answer, d.answer = encoded, wait
+    p.answer, d.answer = when_encoded(front, prefill), wait
     request = asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(800, 800), format="BMP")))))
     await d.arrived.acquire()
     assert 0 < front.service.admission.held_bytes < 1000

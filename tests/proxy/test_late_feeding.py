@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle
+from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle, when_encoded
 from .instances import FakeInstance, Received, chat, encode, never, refuse
 
 SIZE = (600, 400)
@@ -68,13 +68,9 @@ async def test_images_wait_for_a_full_encoder(start: Start) -> None:
         answer = encode if len(encoder.received) > 3 else full_encoder
         return await answer(instance, request, received)
 
-    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
-            pass
-        return await chat(instance, request, received)
-
-    encoder.answer, pd.answer = full_at_first, when_encoded
+    encoder.answer = full_at_first
     front = await start([encoder, pd], max_encode_attempts=1)
+    pd.answer = when_encoded(front, chat)
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len(encoder.received) == 4
     assert await front.metric("chiasm_proxy_encode_refusals_total") == 3

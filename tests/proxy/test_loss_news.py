@@ -10,7 +10,7 @@ from aiohttp import web
 
 from chiasm.proxy import lost_embeddings
 
-from .conftest import Start, ask, image, image_bytes, listen, until_idle
+from .conftest import Start, ask, image, image_bytes, listen, until_idle, when_encoded
 from .instances import (
     SAID,
     VLLM,
@@ -95,8 +95,9 @@ async def test_a_decode_instance_that_reads_embeddings_says_what_is_lost(start: 
     p, d = (FakeInstance(role, **VLLM, ec_connector="SharedStorageConnector") for role in ("prefill", "decode"))
     assert d.health is not None
     d.health = msgspec.structs.replace(d.health, tells_lost=True)
-    p.answer, d.answer = prefill_of_vllm, lacking(encoder, decode_of_vllm)
+    d.answer = lacking(encoder, decode_of_vllm)
     front = await start([encoder, p, d])
+    p.answer = when_encoded(front, prefill_of_vllm)
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert (len(encoder.received), len(d.received)) == (2, 1)
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from chiasm.proxy import lost_embeddings
 
-from .conftest import Start, ask, image, image_bytes, listen, until_idle
+from .conftest import Start, ask, image, image_bytes, listen, until_idle, when_encoded
 from .instances import (
     SAID,
     VLLM,
@@ -233,6 +233,7 @@ async def test_decode_gets_a_lost_embedding_again(start: Start, stream: bool) ->
     encoder, p, d = recomputing_fleet()
     lose(encoder, d, decode_of_vllm, times=2)
     front = await start([encoder, p, d])
+    p.answer = when_encoded(front, prefill_of_vllm)
     assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
     assert [one.identifiers for one in encoder.received] == [encoder.received[0].identifiers] * 3
     assert [len(one.received) for one in (p, d)] == [1, 1]
@@ -278,6 +279,7 @@ async def test_a_stream_whose_embedding_stays_lost_at_decode_ends_with_an_error(
     encoder, p, d = recomputing_fleet()
     d.answer = lack_after_a_word(asyncio.Event())
     front = await start([encoder, p, d])
+    p.answer = when_encoded(front, prefill_of_vllm)
     heard = await listen(front, ask(image(image_bytes()), stream=True))
     assert heard.text == WORDS[0]
     assert heard.error is not None
@@ -291,6 +293,7 @@ async def test_a_stream_goes_on_when_decode_lacks_an_embedding_only_for_a_while(
     is_there = asyncio.Event()
     d.answer = lack_after_a_word(is_there)
     front = await start([encoder, p, d])
+    p.answer = when_encoded(front, prefill_of_vllm)
     heard = asyncio.create_task(listen(front, ask(image(image_bytes()), stream=True)))
     async with asyncio.timeout(60):
         while not d.awaited:  # noqa: ASYNC110 - the instance has no event for it
