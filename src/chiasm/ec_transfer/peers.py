@@ -47,10 +47,8 @@ from chiasm.wire import ECPlace
 _logger = logging.getLogger(__name__)
 _WARM_BYTES = 128 << 20
 """What a holder touches ahead of its use, since the first touch of memory takes several times as long as a copy into it."""
-
-
 _MAX_TAKEN = 1 << 12
-"""How many are remembered; the oldest are forgotten, and would be brought again."""
+"""How many embeddings that workers elsewhere got are remembered. The oldest are forgotten, and would be brought again."""
 
 
 @dataclass(frozen=True)
