@@ -303,10 +303,15 @@ def map_file(descriptor: int, size_bytes: int) -> torch.Tensor:
 def _read(descriptor: int, signature: Signature) -> torch.Tensor:
     """Return the whole file. It is read and not mapped, since truncating a mapped file kills its readers."""
     _check_unchanged(descriptor, signature)
-    data = torch.empty(signature.size_bytes, dtype=torch.uint8)
-    at = 0
-    while at < signature.size_bytes:
-        at += read_into(descriptor, data.numpy().data[at:], at)
+    return read_range(descriptor, 0, signature.size_bytes)
+
+
+def read_range(descriptor: int, begin: int, num_bytes: int) -> torch.Tensor:
+    """Return a copy of a part of a file, uint8 ``[num_bytes]``. Raises OSError if the file is shorter."""
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    done = 0
+    while done < num_bytes:
+        done += _read_into(descriptor, data.numpy().data[done:], begin + done)
     return data
 
 
@@ -315,12 +320,12 @@ def _pieces(descriptor: int, size_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(_PIECE_BYTES))
     at = 0
     while at < size_bytes:
-        read = read_into(descriptor, buffer[: size_bytes - at], at)
+        read = _read_into(descriptor, buffer[: size_bytes - at], at)
         yield buffer[:read]
         at += read
 
 
-def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+def _read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read some bytes, and return how many. Raises OSError at the end of the file."""
     read = os.preadv(descriptor, [buffer], offset)
     if read == 0:

@@ -18,7 +18,7 @@ import torch
 
 from chiasm.ec_transfer.base import ECConnectorMetadata
 from chiasm.ec_transfer.device import take_over, to_device
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, OpenFile, dtype_of, map_file, read_into
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, OpenFile, dtype_of, map_file, read_range
 from chiasm.transfer.memory_file import set_lock
 
 _HeldT = TypeVar("_HeldT")
@@ -53,7 +53,7 @@ class Pin(NamedTuple):
         if os.pread(file.descriptor, HEADER_BYTES, self.offset) != self.header.to_bytes():
             raise OSError(errno.ESTALE, "The entry is not there any more")
         if self.is_in_arena:
-            data = _read(file, self.offset + HEADER_BYTES, self.header.data_bytes)
+            data = read_range(file.descriptor, self.offset + HEADER_BYTES, self.header.data_bytes)
         else:
             data = map_file(file.descriptor, size)[HEADER_BYTES:]
         return take_over(to_device(data.view(dtype_of(self.header)).view(self.header.shape), device))
@@ -105,12 +105,3 @@ class PinnedMetadata(ECConnectorMetadata, Generic[_HeldT]):
 
     def __reduce__(self) -> tuple[type[Any], tuple[Any, ...]]:
         return type(self), tuple({} if each.name == "held" else getattr(self, each.name) for each in fields(self))
-
-
-def _read(file: OpenFile, begin: int, num_bytes: int) -> torch.Tensor:
-    """Return a copy of a part of a file. Raises OSError if the file is shorter."""
-    data = torch.empty(num_bytes, dtype=torch.uint8)
-    done = 0
-    while done < num_bytes:
-        done += read_into(file.descriptor, data.numpy().data[done:], begin + done)
-    return data
