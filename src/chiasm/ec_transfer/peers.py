@@ -274,19 +274,12 @@ class PeerConnector(ECConnector):
 
     def _load(self, identifier: str, metadata: PeerMetadata) -> Arrived | None:
         """Return an embedding of the step for use by this thread; None if it can't be had."""
-        arrived, pin = metadata.held.get(identifier), metadata.pins.get(identifier)
+        arrived = metadata.held.get(identifier)
         if arrived is not None:
             return arrived._replace(tensor=take_over(arrived.tensor))
-        if pin is None:
-            return None
         started = time.perf_counter()
-        try:
-            return Arrived(pin.load(self.config.device), time.perf_counter() - started)
-        except OSError as error:
-            _logger.warning(
-                "The embedding of item %s can't be loaded from the scheduler's process: %s", identifier, error
-            )
-            return None
+        tensor = metadata.load_pinned(identifier, self.config.device)
+        return None if tensor is None else Arrived(tensor, time.perf_counter() - started)
 
     def discard(self, identifier: str, reason: str) -> None:
         check_identifier(identifier)

@@ -9,6 +9,7 @@ range that is locked is.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from dataclasses import dataclass, field, fields
 from fcntl import F_RDLCK
@@ -21,6 +22,7 @@ from chiasm.ec_transfer.device import take_over, to_device
 from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, OpenFile, dtype_of, map_file, read_range
 from chiasm.transfer.memory_file import set_lock
 
+_logger = logging.getLogger(__name__)
 _HeldT = TypeVar("_HeldT")
 
 
@@ -102,6 +104,19 @@ class PinnedMetadata(ECConnectorMetadata, Generic[_HeldT]):
 
     held: dict[str, _HeldT] = field(default_factory=dict, repr=False, compare=False)
     pins: dict[str, Pin] = field(default_factory=dict, repr=False, compare=False)
+
+    def load_pinned(self, identifier: str, device: str) -> torch.Tensor | None:
+        """Return an embedding on ``device``, for use by this thread; None if it has no pin, or is gone, which is logged."""
+        pin = self.pins.get(identifier)
+        if pin is None:
+            return None
+        try:
+            return pin.load(device)
+        except OSError as error:
+            _logger.warning(
+                "The embedding of item %s can't be loaded from the scheduler's process: %s", identifier, error
+            )
+            return None
 
     def __reduce__(self) -> tuple[type[Any], tuple[Any, ...]]:
         return type(self), tuple({} if each.name == "held" else getattr(self, each.name) for each in fields(self))

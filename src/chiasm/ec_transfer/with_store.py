@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -25,8 +24,6 @@ from chiasm.ec_transfer.stores.writer import StoreWrites, Writer
 from chiasm.ec_transfer.wake import Wake
 from chiasm.errors import ConfigurationError
 from chiasm.wire import ECPlace
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -202,11 +199,8 @@ class WithStore(ECConnector):
                     continue
                 if (landing := self._metadata.held.get(identifier)) is not None:
                     encoder_cache[identifier] = take_over(to_device(landing.tensor, self.config.device))
-                elif (pin := self._metadata.pins.get(identifier)) is not None:
-                    try:
-                        encoder_cache[identifier] = pin.load(self.config.device)
-                    except OSError as error:
-                        _log.warning("The embedding of item %s can't be loaded: %s", identifier, error)
+                elif (tensor := self._metadata.load_pinned(identifier, self.config.device)) is not None:
+                    encoder_cache[identifier] = tensor
         self._connector.start_load_caches(encoder_cache)
 
     def discard(self, identifier: str, reason: str) -> None:
