@@ -20,6 +20,7 @@ from chiasm.ec_transfer.base import (
     ItemLike,
     RequestLike,
     check_identifier,
+    moves_from_memory,
 )
 from chiasm.ec_transfer.wake import Wake
 
@@ -37,4 +38,5 @@ __all__ = [
     "RequestLike",
     "Wake",
     "check_identifier",
+    "moves_from_memory",
 ]

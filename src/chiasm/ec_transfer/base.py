@@ -429,6 +429,11 @@ RECEIVING = ("TcpConnector", "NixlConnector")
 """Those of them whose consumers receive embeddings in memory of their own, of twice ``receive_bytes``."""
 
 
+def moves_from_memory(connector: str, module_path: str | None) -> bool:
+    """Tell whether the connector of this name is one of ``FROM_MEMORY``, and not one of a user's module."""
+    return module_path is None and connector in FROM_MEMORY
+
+
 class ECConnectorFactory(ConnectorFactory[ECTransferConfig, ECConnectorRole, ECConnector]):
     """Makes the EC connector that a configuration names."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from chiasm.cores import usable_cores
-from chiasm.ec_transfer import FROM_MEMORY, ECConnectorFactory, ECTransferConfig
+from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, moves_from_memory
 from chiasm.ec_transfer.stores import StoreAddress
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key
@@ -317,7 +317,7 @@ class DeploymentConfig:
     @property
     def moves_from_memory(self) -> bool:
         """Whether embeddings go from an encoder's memory to a language model's."""
-        return self.connector_module_path is None and self.ec_connector in FROM_MEMORY
+        return moves_from_memory(self.ec_connector, self.connector_module_path)
 
     @property
     def exchanges_embeddings(self) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.connectors.extra_config import read_extra_config
-from chiasm.ec_transfer import FROM_MEMORY, ECConnectorFactory, ECTransferConfig, ECTransferRole
+from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole, moves_from_memory
 from chiasm.ec_transfer.extra_config import EXTRA_CONFIGS
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.errors import ConfigurationError
@@ -76,7 +76,7 @@ class Settings:
     @property
     def moves_from_memory(self) -> bool:
         """Whether embeddings go from an encoder's memory to a language model's."""
-        return self.connector_module_path is None and self.connector in FROM_MEMORY
+        return moves_from_memory(self.connector, self.connector_module_path)
 
     def transfer_config(
         self,
