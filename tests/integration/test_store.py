@@ -75,7 +75,7 @@ def settle(service: Service) -> None:
 
     Then the proxy has heard of all that was encoded: a PD may answer before the encoder does.
     """
-    service.wait_until(lambda: not service.busy(Role.ENCODER))
+    service.wait_until_encoders_rest()
     service.wait_until(lambda: service.metric(Role.ENCODER, "chiasm_ec_store_queued_bytes") == 0)
 
 

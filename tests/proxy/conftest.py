@@ -250,11 +250,11 @@ async def until_idle(front: Front) -> None:
             await front.get("/health")
 
 
-def when_encoded(front: Front, answer: Answering) -> Answering:
-    """Answer when the proxy has heard that an image is encoded: a prompt that is computed before has needed no embedding."""
+def when_encoded(front: Front, answer: Answering, count: int = 1) -> Answering:
+    """Answer when the proxy has heard that images are encoded: a prompt that is computed before has needed no embedding."""
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
+        while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < count:
             pass
         return await answer(instance, request, received)
 

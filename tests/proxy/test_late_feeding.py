@@ -30,13 +30,9 @@ async def test_an_encoder_gets_no_more_than_two_images_and_the_rest_when_it_has_
         await gate.wait()
         return await encode(instance, request, received)
 
-    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < len(COLOURS):
-            pass
-        return await chat(instance, request, received)
-
-    encoder.answer, pd.answer = wait, when_encoded
+    encoder.answer = wait
     front = await start([encoder, pd])
+    pd.answer = when_encoded(front, chat, len(COLOURS))
     request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))
     await waiting(front, len(COLOURS) - 2)
     await asyncio.wait_for(encoder.arrived.acquire(), 60)

@@ -294,11 +294,11 @@ async def test_an_answer_that_is_there_before_the_encoders_has_its_image_in_the_
         await is_over.wait()
         return await encode(instance, request, received)
 
-    async def chat_when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    async def chat_meanwhile(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         await called.wait()
         return await chat(instance, request, received)
 
-    encoder.answer, pd.answer = encode_late, chat_when_encoded
+    encoder.answer, pd.answer = encode_late, chat_meanwhile
     front = await start([encoder, pd])
     assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
     spans = (await front.record("mine"))["spans"]

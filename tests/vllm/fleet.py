@@ -47,16 +47,16 @@ def front(logs: Path, name: str, shared_cache: str = "", /, **instances: list[Se
     return chiasm(logs, name, "proxy", *flags, "--probe-interval-seconds", "0.25", *_PATIENT)
 
 
-def busy_encoders(proxy: Server) -> list[str]:
+def busy_encoders(proxy_url: str) -> list[str]:
     """Return the URLs of the encoders that have calls of this proxy now."""
-    instances = CLIENT.get(f"{proxy.url}/health", timeout=CALL_SECONDS).json()["instances"]
+    instances = CLIENT.get(f"{proxy_url}/health", timeout=CALL_SECONDS).json()["instances"]
     return [one["url"] for one in instances if one["role"] == "encoder" and one["in_flight"]]
 
 
 def wait_until_encoders_rest(*proxies: Server) -> None:
     """Until they have answered all calls, and counted what they did: a language instance may have answered before."""
     for proxy in proxies:
-        proxy.until(lambda: not busy_encoders(proxy))  # noqa: B023
+        proxy.until(lambda: not busy_encoders(proxy.url))  # noqa: B023
 
 
 def prefill_and_decode(

@@ -18,6 +18,7 @@ from chiasm.demo.images import draw_example
 from tests.cli.running import Running
 from tests.launch.waiting import command_line, eventually
 
+from .fleet import busy_encoders
 from .processes import CALL_SECONDS, CLIENT, START_SECONDS
 from .wire import Body, chat, encoded, image_part
 
@@ -71,7 +72,7 @@ class Service:
 
     def busy_encoders(self) -> list[str]:
         """Return the URLs of the encoders that have calls now."""
-        return [one["url"] for one in self.instances("encoder") if one["in_flight"]]
+        return busy_encoders(self.url)
 
     def wait_until_encoders_rest(self) -> None:
         """Until they have answered all calls, and counted what they did: a language instance may have answered before."""

@@ -68,8 +68,8 @@ def test_an_encoder_that_is_killed_loses_what_is_wanted_of_it_and_nothing_that_h
             question = Question(next(SEEDS))
             with stopped(fleet.mortal, fleet.other):
                 answer = pool.submit(fleet.proxy.answer, question.body)
-                fleet.proxy.until(lambda: bool(busy_encoders(fleet.proxy)))
-                if fleet.mortal.url in busy_encoders(fleet.proxy):
+                fleet.proxy.until(lambda: bool(busy_encoders(fleet.proxy.url)))
+                if fleet.mortal.url in busy_encoders(fleet.proxy.url):
                     fleet.mortal.kill()
             assert answer.result(CALL_SECONDS).strip() == question.answer
     fleet.check(came, cache_salt="anew")  # so no KV is used again
