@@ -53,12 +53,13 @@ class Driver:
         recomputes_items: bool = True,
     ) -> None:
         self.block_size = block_size
+        self.mixed = mixed
+        """Maximum prefill rows of a step that also decodes."""
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=budget,
                 max_prefill_tokens=max_prefill,
                 max_rest_tokens=max_rest,
-                max_mixed_prefill_tokens=mixed,
                 min_text_before_item=min_text_before_item,
                 max_num_seqs=max_num_seqs,
                 max_queued_requests=max_queued,
@@ -161,7 +162,7 @@ class Driver:
         self.check_what_is_known()
         if self.max_finished:
             self.encode()
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(self.mixed)
         self.check(step)
         samples = [part.sequence for part in step.scheduled if part.samples]
         self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
@@ -195,7 +196,7 @@ class Driver:
         assert sum(part.num_tokens for part in step.scheduled) <= scheduler.config.max_num_batched_tokens
         rows = sum(part.num_tokens for part in step.prefills)
         config = scheduler.config
-        most = config.max_mixed_prefill_tokens if step.decodes else config.max_prefill_tokens + config.max_rest_tokens
+        most = self.mixed if step.decodes else config.max_prefill_tokens + config.max_rest_tokens
         assert rows <= most
         assert len(step.scheduled) <= config.max_num_seqs
         names = [part.sequence.sequence_id for part in step.scheduled]

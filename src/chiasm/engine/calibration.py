@@ -127,7 +127,6 @@ def step_seconds(processor: Processor, runner: ModelRunner, tokens: int, steps: 
             max_queued_requests=1,
             max_prefill_tokens=tokens,
             max_rest_tokens=0,
-            max_mixed_prefill_tokens=tokens,
             entry_bytes_per_row=1,
         ),
         BlockManager(cache.num_blocks, cache.block_size),

@@ -20,15 +20,10 @@ from chiasm.errors import ConfigurationError
 if TYPE_CHECKING:
     from chiasm.engine.config import EngineConfig
     from chiasm.models.base import LanguageModel
-    from chiasm.wire import Costs
 
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 1 << 30
-MIXED_PREFILL_TOKENS = {"cpu": (16, 64), "cuda": (256, 1024)}
-"""Fewest and most prefill rows in a step that also decodes."""
-_MIXED_STEP = 2.5
-"""A step that also prefills takes at most this many times one that only decodes, or streams would stutter."""
 MAX_PREFILL_TOKENS = {"cpu": 256, "cuda": 1 << 30}
 """Prefill rows in any step: enough to use the device well, few enough that a new request soon gets its turn."""
 MAX_REST_TOKENS = 64
@@ -85,19 +80,6 @@ def choose_dtype(name: str, model: Path, device: torch.device, flags: Set[str] |
     if name not in _DTYPES:
         raise ConfigurationError(f"Unknown dtype {name!r}; use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]
-
-
-def mixed_prefill_tokens(device_type: str, costs: Costs) -> int:
-    """Return how many prefill rows a step that also decodes may have, by what decoding and prefilling cost.
-
-    It is few enough to keep running streams fluent, and within ``MIXED_PREFILL_TOKENS``: fewer rows would use the device
-    badly, and so would prompts never end; more gain nothing.
-    """
-    fewest, most = MIXED_PREFILL_TOKENS[device_type]
-    if not costs.prefill_seconds_per_token:
-        return most
-    rows = (_MIXED_STEP - 1) * costs.decode_step_seconds / costs.prefill_seconds_per_token
-    return round(min(most, max(fewest, rows)))
 
 
 def use_threads(count: int | None) -> None:

@@ -24,7 +24,6 @@ from chiasm.engine.device import (
     MIN_TEXT_BEFORE_ITEM,
     check_memory,
     kv_cache_blocks,
-    mixed_prefill_tokens,
     use_threads,
 )
 from chiasm.engine.embeddings import Embeddings
@@ -107,7 +106,6 @@ class LanguageEngine(Engine):
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_prefill_tokens=MAX_PREFILL_TOKENS[self.device.type],
                 max_rest_tokens=MAX_REST_TOKENS,
-                max_mixed_prefill_tokens=mixed_prefill_tokens(self.device.type, costs),
                 min_text_before_item=MIN_TEXT_BEFORE_ITEM,
                 max_num_seqs=config.max_num_seqs,
                 max_queued_requests=config.max_queued_requests,

@@ -43,8 +43,6 @@ class SchedulerConfig:
     max_rest_tokens: int
     """So many more rows a step without decodes may have, if that leaves no rest of what can run of a prompt: a step of its own
     would read all weights again for few rows."""
-    max_mixed_prefill_tokens: int
-    """Maximum prefill rows of a step that also decodes: fewer, since running streams wait for them."""
     min_text_before_item: int
     """Fewest tokens of text that run by themselves before a missing embedding has arrived: a step costs as much for fewer."""
     entry_bytes_per_row: int
@@ -195,8 +193,11 @@ class Scheduler:
 
     # ---- the policy -------------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Step:
+    def schedule(self, mixed_prefill_tokens: int | None = None) -> Step:
         """Plan one step: every decode first, then prefills in order of due, all under one token budget.
+
+        If it decodes, it has at most ``mixed_prefill_tokens`` rows of prompts, since running streams wait for them; None: as
+        many as another step.
 
         Prompts that can run to their end come before those that would stop at a missing embedding: they get the rows that are
         left.
@@ -206,7 +207,11 @@ class Scheduler:
         prefilling: list[Sequence] = []
         for sequence in self._not_stalled():
             (decoding if sequence.is_decoding else prefilling).append(sequence)
-        self._schedule_prefills(prefilling, self._schedule_decodes(decoding, step), step)
+        self._schedule_decodes(decoding, step)
+        budget = min(self.config.max_num_batched_tokens - len(step.decodes), self.config.max_prefill_tokens)
+        if step.decodes and mixed_prefill_tokens is not None:
+            budget = min(budget, mixed_prefill_tokens)
+        self._schedule_prefills(prefilling, budget, step)
         if not self.config.recomputes_items and self._is_stuck(step):
             self._preempt(self.running[-1], step)
         return step
@@ -228,16 +233,14 @@ class Scheduler:
 
     # ---- steps of the policy ----------------------------------------------------------------------------------------
 
-    def _schedule_decodes(self, decoding: list[Sequence], step: Step) -> int:
-        """Add decodes to the step; return how many rows are left for prefills."""
-        budget = self.config.max_num_batched_tokens
+    def _schedule_decodes(self, decoding: list[Sequence], step: Step) -> None:
+        """Add decodes to the step."""
+        most = min(self.config.max_num_batched_tokens, self.config.max_num_seqs)
         for sequence in decoding:
-            if budget == 0 or len(step.decodes) == self.config.max_num_seqs:
+            if len(step.decodes) == most:
                 break
             if sequence.is_running and self._reserve(sequence, sequence.num_tokens, step):
                 step.decodes.append(ScheduledSequence(sequence, sequence.num_computed, 1, samples=True))
-                budget -= 1
-        return min(budget, self.config.max_mixed_prefill_tokens if step.decodes else self.config.max_prefill_tokens)
 
     def _schedule_prefills(self, prefilling: list[Sequence], budget: int, step: Step) -> None:
         """Add chunks of prompts to the step, and admit sequences that wait, as far as ``budget`` rows, places and blocks go."""

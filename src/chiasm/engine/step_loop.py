@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from chiasm.cores import lower_priority
 from chiasm.ec_transfer.faults import connector_error
 from chiasm.engine.device import use_threads
+from chiasm.engine.fluency import Fluency
 from chiasm.engine.inbox import Abort, Arrival, GiveBack, Inbox, Question, Signal
 from chiasm.engine.local_encoder import HIGH_PRIORITY, on_stream
 from chiasm.engine.pace import Pace
@@ -81,6 +82,7 @@ class StepLoop:
         self._runner = runner
         self._worker = worker
         self._pace = Pace(costs.prefill_seconds_per_token)
+        self._fluency = Fluency(device.type, costs)
         self._questions: list[Question] = []
         self._arrivals = itertools.count()
         self._next_deadline_check = 0.0
@@ -234,7 +236,7 @@ class StepLoop:
 
     def _step(self) -> bool:
         """Plan a step, run it, and send what it sampled. Return False if there was nothing to run."""
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(self._fluency.prefill_rows(time.monotonic()))
         self._embeddings.drop_evicted()
         self._start_loads(step)
         if not step.scheduled:
@@ -253,6 +255,7 @@ class StepLoop:
         self._fail_in(step, [(self.states[part.sequence.request_id], error) for part, error in result.failed])
         self._scheduler.complete(step, {name: token.token_id for name, token in result.sampled.items()})
         self._send(step, result.sampled)
+        self._fluency.note(step, ended - started, ended)
         return True
 
     def _execute(self, step: Step) -> dict[str, Sampled]:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from chiasm.due import due
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.fluency import Fluency
 from chiasm.engine.pace import Pace, prompt_work
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig
@@ -90,8 +91,6 @@ class LanguageInstance:
 
     def __init__(self, role: Role, limits: LanguageLimits, costs: Costs) -> None:
         """``costs`` are what the instance measured at start."""
-        from chiasm.engine.device import mixed_prefill_tokens
-
         self.role = role
         self.limits = limits
         self._scheduler = Scheduler(
@@ -101,7 +100,6 @@ class LanguageInstance:
                 max_queued_requests=limits.max_queued_requests,
                 max_prefill_tokens=limits.max_prefill_tokens,
                 max_rest_tokens=limits.max_rest_tokens,
-                max_mixed_prefill_tokens=mixed_prefill_tokens(limits.device_type, costs),
                 min_text_before_item=limits.min_text_before_item,
                 entry_bytes_per_row=limits.entry_bytes_per_row,
                 recomputes_items=role is not Role.DECODE,
@@ -112,6 +110,7 @@ class LanguageInstance:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = itertools.count()
         self._pace = Pace(costs.prefill_seconds_per_token)
+        self._fluency = Fluency(limits.device_type, costs)
 
     @property
     def preemptions(self) -> int:
@@ -144,8 +143,8 @@ class LanguageInstance:
         self._sequences[name] = sequence
         return True
 
-    def plan(self, stored: Container[str]) -> PlannedStep:
-        """Take in the embeddings among ``stored`` that are wanted, and plan a step."""
+    def plan(self, stored: Container[str], now: float) -> PlannedStep:
+        """Take in the embeddings among ``stored`` that are wanted, and plan the step that begins at ``now``."""
         scheduler = self._scheduler
         for sequence, items in scheduler.wanted_items():
             for item in items:
@@ -154,7 +153,7 @@ class LanguageInstance:
                 ):
                     break
                 scheduler.item_arrived(sequence, item)
-        step = scheduler.schedule()
+        step = scheduler.schedule(self._fluency.prefill_rows(now))
         scheduler.encoder_cache.take_evicted()
         failed: list[str] = []
         if self.role is Role.DECODE:
@@ -178,8 +177,8 @@ class LanguageInstance:
         """Return when the work of a request is due that is here."""
         return self._sequences[name].due
 
-    def complete(self, planned: PlannedStep, seconds: float) -> StepOutcome:
-        """Note that the step ran, and how long it took."""
+    def complete(self, planned: PlannedStep, seconds: float, now: float) -> StepOutcome:
+        """Note that the step ended at ``now``, and how long it took."""
         outcome = StepOutcome()
         if planned.step.prefills:
             self._pace.note(planned.shape.rows, seconds)
@@ -190,6 +189,7 @@ class LanguageInstance:
             if self.role is Role.PREFILL or sequence.num_output >= sequence.sampling.max_tokens:
                 self._end(sequence, leave_blocks=self.role is Role.PREFILL and sequence.sampling.max_tokens > 1)
                 outcome.ended.append(sequence.request_id)
+        self._fluency.note(planned.step, seconds, now)
         return outcome
 
     def loaded(self, name: str) -> None:

@@ -333,7 +333,7 @@ class Simulation:
         language = server.language
         if language is None or server.computing:
             return
-        planned = language.plan(server.store if server.encoder is not None else self._at_encoders)
+        planned = language.plan(server.store if server.encoder is not None else self._at_encoders, self._events.now)
         for name in planned.failed:
             self._refuse(self._requests[name])
         for name in planned.load:
@@ -369,7 +369,7 @@ class Simulation:
         for name in planned.prefills:
             if name in self._requests:
                 self._requests[name].prefill_seconds += seconds
-        outcome = server.language.complete(planned, seconds)
+        outcome = server.language.complete(planned, seconds, self._events.now)
         for name in outcome.tokens:
             self._token(self._requests[name])
         for name in outcome.ended:

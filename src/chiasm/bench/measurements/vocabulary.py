@@ -106,7 +106,6 @@ class _Answers:
                 max_queued_requests=batch,
                 max_prefill_tokens=prompt_rows,
                 max_rest_tokens=0,
-                max_mixed_prefill_tokens=prompt_rows,
                 entry_bytes_per_row=1,
             ),
             BlockManager(num_blocks, _BLOCK_SIZE),

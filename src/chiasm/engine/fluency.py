@@ -1,0 +1,79 @@
+"""How many rows of prompts a step computes beside decodes, so that running streams stay fluent.
+
+What a step prefills delays the tokens of all that it decodes. One token may be late by so much, since a reader doesn't notice
+it; an answer whose tokens are all late is slow. So there are two limits: of a single step, and of the mean of each stream since
+its first token. A stream that has decoded alone for a while leaves room for prompts, and one of five tokens, each of which
+meets a prompt, doesn't. Both limits are multiples of what a step that only decodes takes when nothing disturbs it. How long
+steps take is measured, so what other programs and instances take from the device counts as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chiasm.engine.pace import Pace
+
+if TYPE_CHECKING:
+    from chiasm.engine.sequence import Sequence
+    from chiasm.engine.step import Step
+    from chiasm.wire import Costs
+
+_ROWS = {"cpu": (16, 64), "cuda": (256, 1024)}
+"""Fewest and most prefill rows in a step that also decodes. Fewer would use the device badly, and prompts would never end; more
+gain nothing."""
+_LONGEST_STEP = 2.5
+"""A step that also prefills takes at most about this many times one that only decodes, or streams would stutter."""
+_LONGEST_MEAN = 2.25
+"""The same for the mean of all steps of a stream."""
+_FASTER, _SLOWER = 0.5, 0.02
+"""Shares by which a step that only decodes corrects what such steps take undisturbed: most are disturbed."""
+
+
+class Fluency:
+    """What the streams of one engine have been through. Instants and lengths are in seconds, on any clock."""
+
+    def __init__(self, device_type: str, costs: Costs) -> None:
+        """``device_type`` is ``cpu`` or ``cuda``; ``costs`` are what the engine measured at start."""
+        self._fewest, self._most = _ROWS[device_type]
+        self._step_seconds = costs.decode_step_seconds
+        self._knows = costs.prefill_seconds_per_token > 0
+        self._row = Pace(costs.prefill_seconds_per_token)
+        if self._knows:
+            rows = (_LONGEST_STEP - 1) * costs.decode_step_seconds / costs.prefill_seconds_per_token
+            self._most = round(min(self._most, max(self._fewest, rows)))
+        self._undisturbed = 1.0
+        """What steps that only decode take when nothing disturbs them, in what was expected at start: texts grow longer."""
+        self._allowed = 0.0
+        """How long all steps that decoded may have taken."""
+        self._began: dict[Sequence, float] = {}
+        """Streams, and how far ``_allowed`` was ahead of the clock when they began."""
+
+    @property
+    def most_rows(self) -> int:
+        """Maximum rows that are ever allowed."""
+        return self._most
+
+    def prefill_rows(self, now: float) -> int:
+        """Return how many rows of prompts the next step may have if it also decodes."""
+        if not self._began or not self._knows:
+            return self._most
+        alone = self._alone(len(self._began))
+        longest = _LONGEST_MEAN * alone + self._allowed - now - max(self._began.values())
+        return round(min(self._most, max(self._fewest, (longest - alone) / self._row.seconds_per_token)))
+
+    def note(self, step: Step, seconds: float, now: float) -> None:
+        """Learn from a step that took so many seconds until ``now``, and whose tokens are in the sequences."""
+        decodes = len(step.decodes)
+        if decodes and self._knows:
+            if rows := step.num_rows - decodes:
+                self._row.note(rows, max(0.0, seconds - self._alone(decodes)))
+            else:
+                ratio = self._undisturbed * seconds / self._alone(decodes)
+                self._undisturbed += (ratio - self._undisturbed) * (_FASTER if ratio < self._undisturbed else _SLOWER)
+            self._allowed += _LONGEST_MEAN * self._alone(decodes)
+        streams = [part.sequence for part in step.scheduled if part.samples and not part.sequence.finished]
+        self._began = {one: self._began.get(one, self._allowed - now) for one in streams}
+
+    def _alone(self, decodes: int) -> float:
+        """Return how long a step takes that only decodes so many sequences, if nothing disturbs it."""
+        return self._undisturbed * (self._step_seconds + (decodes - 1) * self._row.seconds_per_token)
