@@ -228,6 +228,7 @@ class _Arrivals:
                 raise TimeoutError("an embedding did not arrive")
             self.count += 1
         finally:
+            _arrived.set()  # if this was cancelled, nothing will arrive, and the thread would wait for it
             waiting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await waiting
