@@ -156,6 +156,35 @@ def test_the_advice_names_the_deployment_that_answers_most_in_time() -> None:
     assert "as aggregated, the next best" in text
 
 
+def _some_answers_alone(name: str) -> Trials:
+    """Rounds in which only one deployment meets the limits."""
+    found = _same_rounds(**{name: 1.0})
+    arms = Trials(["aggregated", "colocated", "split"])
+    arms.of |= found.of
+    arms.unable.update({"aggregated", "colocated", "split"} - {name})
+    return arms
+
+
+def test_the_advice_counts_no_gain_on_what_another_deployment_cannot_answer() -> None:
+    both = _same_rounds(aggregated=1.0, split=1.5, colocated=2.0)
+    text = advice({"text": both, "heavy": _some_answers_alone("colocated")})
+    assert "use colocated: it answers in time 1.3" in text
+    assert "as split on text (which answers no heavy in time), the next best; " in text
+    assert text.endswith("times the best of the others on text, and no other answers heavy in time.")
+    assert "inf" not in text
+    text = advice({"heavy": _some_answers_alone("colocated")})
+    assert text.endswith(
+        "use colocated: it answers in time what split can't, the next best; no other answers heavy in time."
+    ) or text.endswith("what aggregated can't, the next best; no other answers heavy in time.")
+
+
+def test_the_advice_says_what_the_best_deployment_cannot_answer() -> None:
+    """Here it is the best on two mixes of three, by far."""
+    both = _same_rounds(aggregated=0.001, split=0.001, colocated=5.0)
+    found = {"text": both, "images": both, "heavy": _some_answers_alone("split")}
+    assert "as split on text and images (which alone answers heavy in time)" in advice(found)
+
+
 def test_the_advice_says_which_deployments_cannot_be_told_apart() -> None:
     noisy = {
         name: [_trial(1.0, share, seed=seed) for seed, share in enumerate(shares)] for name, shares in _EVEN.items()

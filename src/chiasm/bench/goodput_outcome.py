@@ -125,11 +125,11 @@ def advice(found: Found, *, seed: int = 0) -> str:
     behind = [other for other in others if other not in alike]
     if not alike:
         return (
-            f"For this model on this machine use {best}: it answers in time {_times(gains[others[0]])} as many requests per "
-            f"second as {others[0]}, the next best{left_out}; {_range(able, best, others)}."
+            f"For this model on this machine use {best}: it answers in time {_gain_over(able, best, others[0], seed)}, the "
+            f"next best{left_out}; {_range(able, best, others)}."
         )
-    against = " and ".join(f"{_times(gains[other])} as many requests per second as {other}" for other in alike)
-    rest = "".join(f"; {_times(gains[other])} as many as {other}" for other in behind)
+    against = " and ".join(_gain_over(able, best, other, seed) for other in alike)
+    rest = "".join(f"; {_gain_over(able, best, other, seed, short=True)}" for other in behind)
     return (
         f"For this model on this machine, {_listed([best, *alike])} cannot be told apart: {best} answers in time {against}"
         f"{left_out}{rest}. More rounds (--repeat) may tell them apart."
@@ -170,12 +170,33 @@ def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def _gain_over(found: Found, best: str, other: str, seed: int, *, short: bool = False) -> str:
+    """Say how many times as much a deployment answers as another on the traffic that both can answer, and what only one can."""
+    both = {traffic: arms for traffic, arms in found.items() if arms.rate(best) and arms.rate(other)}
+    lost = [traffic for traffic, arms in found.items() if not arms.rate(other) and arms.rate(best)]
+    won = [traffic for traffic, arms in found.items() if not arms.rate(best) and arms.rate(other)]
+    if not both:
+        return f"what {other} can't"
+    what = "as many as" if short else "as many requests per second as"
+    text = f"{_times(_overall(both, best, other, seed))} {what} {other}"
+    if lost or won:
+        text += f" on {_listed(list(both))}"
+    text += f" (which answers no {_listed(lost, 'or')} in time)" if lost else ""
+    return text + (f" (which alone answers {_listed(won)} in time)" if won else "")
+
+
 def _range(found: Found, best: str, others: Sequence[str]) -> str:
-    """Say on which traffic a deployment gains least and most over the best of the others."""
+    """Say on which traffic a deployment gains least and most over the best of the others, and which it alone can answer."""
     gains = {traffic: _gain(arms, best, others) for traffic, arms in found.items()}
-    low, high = min(gains, key=lambda one: gains[one]), max(gains, key=lambda one: gains[one])
-    least = f"{gains[low]:.2f} times the best of the others on {low}"
-    return least if len(gains) == 1 else f"from {least} to {gains[high]:.2f} times on {high}"
+    finite = {traffic: gain for traffic, gain in gains.items() if math.isfinite(gain)}
+    said = []
+    if finite:
+        low, high = min(finite, key=lambda one: finite[one]), max(finite, key=lambda one: finite[one])
+        least = f"{finite[low]:.2f} times the best of the others on {low}"
+        said.append(least if low == high else f"from {least} to {finite[high]:.2f} times on {high}")
+    if alone := [traffic for traffic in gains if traffic not in finite]:
+        said.append(f"no other answers {_listed(alone, 'or')} in time")
+    return ", and ".join(said)
 
 
 def _gain(arms: Trials, best: str, others: Sequence[str]) -> float:
@@ -187,5 +208,5 @@ def _times(gain: Estimate) -> str:
     return f"{gain.value:.2f} times ({gain.low:.2f} to {gain.high:.2f})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(names: Sequence[str], word: str = "and") -> str:
+    return f"{', '.join(names[:-1])} {word} {names[-1]}" if len(names) > 1 else names[0]
