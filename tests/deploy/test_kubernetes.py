@@ -176,6 +176,13 @@ async def test_prometheus_may_read_what_keda_asks_it_for(values: dict[str, Any],
         assert (await session.get("http://proxy/metrics")).status_code == status
 
 
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_all_proxies_together_keep_the_limits_of_keys(replicas: int, tmp_path: Path) -> None:
+    objects = objects_of(render({"apiKeySecret": "keys", "proxy": {"replicas": replicas}}))
+    (proxy,) = [one for one in _containers(objects) if one["name"] == "proxy"]
+    assert proxy_process(check(proxy["args"], tmp_path)).proxy.proxies == replicas
+
+
 def test_the_calm_while_is_counted_once_by_the_proxy_with_keda_and_otherwise_by_kubernetes() -> None:
     wanted = {"prometheusUrl": "http://prometheus:9090", "calmSeconds": 200}
     (keda,) = _of_kind(objects_of(render({"autoscaling": {"kind": "keda"} | wanted})), "ScaledObject")

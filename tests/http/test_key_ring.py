@@ -58,6 +58,32 @@ def test_workers_divide_the_limits_of_a_key(limit: int) -> None:
             one.enter()
 
 
+@pytest.mark.parametrize("limit", [6, 7, 20])
+def test_proxies_and_their_workers_divide_the_limits_of_a_key(limit: int) -> None:
+    """Proxies don't know their numbers, so what can't be divided among them is nobody's."""
+    key = ApiKey(FIRST, "a", max_requests_in_flight=limit)
+    parts = [Share(number, 2, proxies=3).of(key).max_requests_in_flight for number in range(2)]
+    assert sum(part or 0 for part in parts) == limit // 3
+    assert min(part or 0 for part in parts) >= 1
+
+
+@pytest.mark.parametrize(
+    ("share", "servers"),
+    [
+        (Share(0, 3), "3 workers"),
+        (Share(proxies=3), "3 proxies"),
+        (Share(0, 2, proxies=2), "2 workers in each of 2 proxies"),
+    ],
+)
+def test_who_divides_a_limit_is_named(share: Share, servers: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"is 2, which can't be divided among {servers}; raise it to \d or more"):
+        share.of(ApiKey(FIRST, "a", max_requests_per_minute=2))
+    holder = KeyHolder(ApiKey(FIRST, "a", max_requests_in_flight=4), "", share=share)
+    with pytest.raises(RateLimitError, match=f"its limit at this one of {servers} is"):
+        for _ in range(5):
+            holder.enter()
+
+
 def test_a_limit_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"keys: [{{key: {FIRST}, name: a, max_requests_in_flight: 2}}]")

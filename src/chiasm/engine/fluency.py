@@ -48,11 +48,6 @@ class Fluency:
         self._began: dict[Sequence, float] = {}
         """Streams, and how far ``_allowed`` was ahead of the clock when they began."""
 
-    @property
-    def most_rows(self) -> int:
-        """Maximum rows that are ever allowed."""
-        return self._most
-
     def prefill_rows(self, now: float) -> int:
         """Return how many rows of prompts the next step may have if it also decodes."""
         if not self._began or not self._knows:

@@ -29,16 +29,21 @@ class _Counts:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of each key's limits that one of several workers has, so that all of them together keep the limits."""
+    """The part of each key's limits that one server of several has, so that all of them together keep the limits.
+
+    They are workers of as many proxies as there are behind one address.
+    """
 
     number: int = 0
     """Of the worker, from 0."""
     workers: int = 1
+    """Of each proxy."""
+    proxies: int = 1
 
     def of(self, key: ApiKey) -> ApiKey:
-        """Return the key with this worker's part of its limits.
+        """Return the key with this server's part of its limits.
 
-        Raises ConfigurationError for a limit that leaves a worker nothing: it would refuse whatever comes to it.
+        Raises ConfigurationError for a limit that leaves it nothing: it would refuse whatever comes to it.
         """
         return replace(
             key,
@@ -49,12 +54,22 @@ class Share:
     def _part(self, key: ApiKey, name: str, limit: int | None) -> int | None:
         if limit is None:
             return None
-        if limit < self.workers:
+        of_proxy = limit // self.proxies
+        if of_proxy < self.workers:
+            least = self.workers * self.proxies
             raise ConfigurationError(
-                f"--api-key-file: {name} of {key.name or 'a key without a name'} is {limit}, which --workers {self.workers} "
-                f"can't divide among {self.workers} workers; raise it to {self.workers} or more, or start fewer workers."
+                f"--api-key-file: {name} of {key.name or 'a key without a name'} is {limit}, which can't be divided among "
+                f"{self.servers}; raise it to {least} or more, or start fewer of them."
             )
-        return limit // self.workers + (self.number < limit % self.workers)
+        return of_proxy // self.workers + (self.number < of_proxy % self.workers)
+
+    @property
+    def servers(self) -> str:
+        """All that have a part; empty if this one has the whole."""
+        workers, proxies = f"{self.workers} workers", f"{self.proxies} proxies"
+        if self.proxies == 1:
+            return "" if self.workers == 1 else workers
+        return proxies if self.workers == 1 else f"{workers} in each of {proxies}"
 
 
 ALONE = Share()
@@ -74,7 +89,7 @@ class KeyHolder:
         self.tenant_secret = tenant_secret
         """What the salts of the tenant's requests are made of, which nobody else can know; empty without a tenant."""
         self._rights = share.of(key)
-        self._limit = "its limit is" if share.workers == 1 else f"its limit at this one of {share.workers} workers is"
+        self._limit = f"its limit at this one of {share.servers} is" if share.servers else "its limit is"
         self._clock = clock
         self._counts = _Counts()
 

@@ -108,7 +108,7 @@ def create_app(
         guarded_paths=OTHER_PATHS,
         refusals=service.metrics.refusals,
         access_log=REQUESTS,
-        share=ALONE if worker is None else Share(worker.number, worker.count),
+        share=Share(proxies=config.proxies) if worker is None else Share(worker.number, worker.count, config.proxies),
     )
     app.state.service = service
     return app

@@ -77,6 +77,9 @@ class ProxyConfig:
     admin_key_file: Annotated[
         Path | None, Option("File with such keys, one a line; other users of the machine don't see them there.")
     ] = None
+    proxies: Annotated[
+        int, Option("Number of proxies behind one address, which divide the limits of API keys among them.", min=1)
+    ] = 1
     supervisor_key: str | None = field(default=None, repr=False)
     """Bearer token by which the process that has started the proxy may see what its operator may."""
     open_metrics: Annotated[
