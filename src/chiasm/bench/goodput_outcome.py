@@ -176,7 +176,7 @@ def _gain_over(found: Found, best: str, other: str, seed: int, *, short: bool = 
     lost = [traffic for traffic, arms in found.items() if not arms.rate(other) and arms.rate(best)]
     won = [traffic for traffic, arms in found.items() if not arms.rate(best) and arms.rate(other)]
     if not both:
-        return f"what {other} can't"
+        return f"{other} answers nothing of that in time" if short else f"what {other} can't"
     what = "as many as" if short else "as many requests per second as"
     text = f"{_times(_overall(both, best, other, seed))} {what} {other}"
     if lost or won:
