@@ -101,6 +101,18 @@ def test_prompts_go_on_however_slow_the_streams_are() -> None:
     assert [device.mixed(one)[0] for _ in range(5)][-3:] == [FEWEST] * 3
 
 
+def test_a_pause_of_the_machine_is_soon_forgotten() -> None:
+    device, one = Device(), stream("one")
+    device.begin(one)
+    device.slowness = 1000.0
+    device.step(one)
+    assert device.fluency.prefill_rows(device.now) == FEWEST
+    device.slowness = 1.0
+    for _ in range(10):
+        device.step(one)
+    assert device.fluency.prefill_rows(device.now) > FEWEST
+
+
 def test_a_stream_that_ends_no_longer_counts() -> None:
     device, slow = Device(), stream("slow")
     device.begin(slow)

@@ -25,6 +25,8 @@ _LONGEST_STEP = 2.5
 """A step that also prefills takes at most about this many times one that only decodes, or streams would stutter."""
 _LONGEST_MEAN = 2.25
 """The same for the mean of all steps of a stream."""
+_MOST_BEHIND = 8
+"""A stream counts as behind by at most the time of so many steps that only decode: a pause of the machine is soon forgotten."""
 _FASTER, _SLOWER = 0.5, 0.02
 """Shares by which a step that only decodes corrects what such steps take undisturbed: most are disturbed."""
 
@@ -63,11 +65,13 @@ class Fluency:
             if rows := step.num_rows - decodes:
                 self._row.note(rows, max(0.0, seconds - self._alone(decodes)))
             else:
-                ratio = self._undisturbed * seconds / self._alone(decodes)
+                ratio = self._undisturbed * min(2.0, seconds / self._alone(decodes))
                 self._undisturbed += (ratio - self._undisturbed) * (_FASTER if ratio < self._undisturbed else _SLOWER)
             self._allowed += _LONGEST_MEAN * self._alone(decodes)
         streams = [part.sequence for part in step.scheduled if part.samples and not part.sequence.finished]
-        self._began = {one: self._began.get(one, self._allowed - now) for one in streams}
+        ahead = self._allowed - now
+        latest = ahead + _MOST_BEHIND * self._alone(max(1, decodes)) if self._knows else ahead
+        self._began = {one: min(latest, self._began.get(one, ahead)) for one in streams}
 
     def _alone(self, decodes: int) -> float:
         """Return how long a step takes that only decodes so many sequences, if nothing disturbs it."""
