@@ -136,6 +136,16 @@ def test_longer_texts_are_learned_from_steps_that_only_decode() -> None:
     assert device.fluency.prefill_rows(device.now) > FEWEST
 
 
+def test_where_rows_cost_nothing_there_are_the_most() -> None:
+    device, one = Device(), stream("one")
+    device.begin(one)
+    prompt = ScheduledSequence(stream("prompt"), 0, 30, samples=False)
+    for _ in range(10_000):  # until the mean is so small that it is 0
+        device.now += DECODE
+        device.fluency.note(Step([ScheduledSequence(one, 1, 1, samples=True)], [prompt]), DECODE, device.now)
+    assert device.fluency.prefill_rows(device.now) == MOST
+
+
 def test_without_measured_costs_the_most_rows_are_taken() -> None:
     device, one = Device(Costs()), stream("one")
     device.begin(one)

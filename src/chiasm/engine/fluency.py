@@ -27,6 +27,8 @@ _LONGEST_MEAN = 2.25
 """The same for the mean of all steps of a stream."""
 _MOST_BEHIND = 8
 """A stream counts as behind by at most the time of so many steps that only decode: a pause of the machine is soon forgotten."""
+_CHEAPEST_ROW = 1e-9
+"""Seconds that a row takes at least. On a GPU a few more rows may make a step no longer."""
 _FASTER, _SLOWER = 0.5, 0.02
 """Shares by which a step that only decodes corrects what such steps take undisturbed: most are disturbed."""
 
@@ -56,7 +58,8 @@ class Fluency:
             return self._most
         alone = self._alone(len(self._began))
         longest = _LONGEST_MEAN * alone + self._allowed - now - max(self._began.values())
-        return round(min(self._most, max(self._fewest, (longest - alone) / self._row.seconds_per_token)))
+        rows = (longest - alone) / max(_CHEAPEST_ROW, self._row.seconds_per_token)
+        return round(min(self._most, max(self._fewest, rows)))
 
     def note(self, step: Step, seconds: float, now: float) -> None:
         """Learn from a step that took so many seconds until ``now``, and whose tokens are in the sequences."""
