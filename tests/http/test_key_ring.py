@@ -76,12 +76,15 @@ def test_proxies_and_their_workers_divide_the_limits_of_a_key(limit: int) -> Non
     ],
 )
 def test_who_divides_a_limit_is_named(share: Share, servers: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"is 2, which can't be divided among {servers}; raise it to \d or more"):
+    with pytest.raises(
+        ConfigurationError, match=rf"is 2, which can't be divided among {servers}; raise it to \d or more"
+    ):
         share.of(ApiKey(FIRST, "a", max_requests_per_minute=2))
-    holder = KeyHolder(ApiKey(FIRST, "a", max_requests_in_flight=4), "", share=share)
+    most = share.workers * share.proxies
+    holder = KeyHolder(ApiKey(FIRST, "a", max_requests_in_flight=most), "", share=share)
+    holder.enter()
     with pytest.raises(RateLimitError, match=f"its limit at this one of {servers} is"):
-        for _ in range(5):
-            holder.enter()
+        holder.enter()
 
 
 def test_a_limit_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from chiasm.http import json_response, read_body
 from chiasm.http.admin import AdminCheck
 from chiasm.http.config import REQUESTS
 from chiasm.http.front import FrontDoor
-from chiasm.http.key_ring import ALONE, Share
+from chiasm.http.key_ring import Share
 from chiasm.http.listen import check_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
