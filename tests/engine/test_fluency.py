@@ -15,13 +15,13 @@ FEWEST, MOST = 16, 38
 """On a CPU, with these costs: a step may take 2.5 times one that only decodes."""
 
 
-def stream(name: str, answer_tokens: int = 1000) -> Sequence:
+def stream(name: str) -> Sequence:
     return Sequence(
         request_id=name,
         index=0,
         arrival=0,
         prompt=Prompt([1]),
-        sampling=SamplingParams(max_tokens=answer_tokens),
+        sampling=SamplingParams(max_tokens=1000),
         seed=0,
         block_size=4,
     )
@@ -30,9 +30,10 @@ def stream(name: str, answer_tokens: int = 1000) -> Sequence:
 class Device:
     """Runs steps that take what their rows cost, ``slowness`` times."""
 
-    def __init__(self, costs: Costs = COSTS, slowness: float = 1.0) -> None:
+    def __init__(self, costs: Costs = COSTS, slowness: float = 1.0, row_seconds: float = ROW) -> None:
         self.fluency = Fluency("cpu", costs)
         self.slowness = slowness
+        self.row_seconds = row_seconds
         self.now = 100.0
 
     def begin(self, *sequences: Sequence) -> None:
@@ -45,8 +46,8 @@ class Device:
         if rows:
             step.prefills.append(ScheduledSequence(stream("prompt"), 0, rows, samples=False))
         step.prefills += [ScheduledSequence(one, 0, 1, samples=True) for one in first]
-        prefill = step.num_rows - len(decodes)
-        seconds = self.slowness * ((DECODE if decodes else 0.0) + max(0, len(decodes) - 1) * ROW + prefill * ROW)
+        first_row = DECODE if decodes else self.row_seconds
+        seconds = self.slowness * (first_row + (step.num_rows - 1) * self.row_seconds)
         self.now += seconds
         self.fluency.note(step, seconds, self.now)
         return seconds
@@ -137,12 +138,10 @@ def test_longer_texts_are_learned_from_steps_that_only_decode() -> None:
 
 
 def test_where_rows_cost_nothing_there_are_the_most() -> None:
-    device, one = Device(), stream("one")
+    device, one = Device(row_seconds=0.0), stream("one")
     device.begin(one)
-    prompt = ScheduledSequence(stream("prompt"), 0, 30, samples=False)
     for _ in range(10_000):  # until the mean is so small that it is 0
-        device.now += DECODE
-        device.fluency.note(Step([ScheduledSequence(one, 1, 1, samples=True)], [prompt]), DECODE, device.now)
+        device.step(one, rows=30)
     assert device.fluency.prefill_rows(device.now) == MOST
 
 

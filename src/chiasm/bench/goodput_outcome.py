@@ -125,11 +125,11 @@ def advice(found: Found, *, seed: int = 0) -> str:
     behind = [other for other in others if other not in alike]
     if not alike:
         return (
-            f"For this model on this machine use {best}: it answers in time {_gain_over(able, best, others[0], seed)}, the "
-            f"next best{left_out}; {_range(able, best, others)}."
+            f"For this model on this machine use {best}: it answers in time "
+            f"{_gain_over(able, best, others[0], gains, seed)}, the next best{left_out}; {_range(able, best, others)}."
         )
-    against = " and ".join(_gain_over(able, best, other, seed) for other in alike)
-    rest = "".join(f"; {_gain_over(able, best, other, seed, short=True)}" for other in behind)
+    against = " and ".join(_gain_over(able, best, other, gains, seed) for other in alike)
+    rest = "".join(f"; {_gain_over(able, best, other, gains, seed, short=True)}" for other in behind)
     return (
         f"For this model on this machine, {_listed([best, *alike])} cannot be told apart: {best} answers in time {against}"
         f"{left_out}{rest}. More rounds (--repeat) may tell them apart."
@@ -170,15 +170,20 @@ def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _gain_over(found: Found, best: str, other: str, seed: int, *, short: bool = False) -> str:
-    """Say how many times as much a deployment answers as another on the traffic that both can answer, and what only one can."""
+def _gain_over(
+    found: Found, best: str, other: str, gains: Mapping[str, Estimate], seed: int, *, short: bool = False
+) -> str:
+    """Say how many times as much a deployment answers as another on the traffic that both can answer, and what only one can.
+
+    ``gains`` are those on all traffic, by the other's name.
+    """
     both = {traffic: arms for traffic, arms in found.items() if arms.rate(best) and arms.rate(other)}
     lost = [traffic for traffic, arms in found.items() if not arms.rate(other) and arms.rate(best)]
     won = [traffic for traffic, arms in found.items() if not arms.rate(best) and arms.rate(other)]
     if not both:
         return f"{other} answers nothing of that in time" if short else f"what {other} can't"
-    what = "as many as" if short else "as many requests per second as"
-    text = f"{_times(_overall(both, best, other, seed))} {what} {other}"
+    gain = _overall(both, best, other, seed) if lost or won else gains[other]
+    text = f"{_times(gain)} {'as many as' if short else 'as many requests per second as'} {other}"
     if lost or won:
         text += f" on {_listed(list(both))}"
     text += f" (which answers no {_listed(lost, 'or')} in time)" if lost else ""

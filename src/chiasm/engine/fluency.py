@@ -73,7 +73,7 @@ class Fluency:
             self._allowed += _LONGEST_MEAN * self._alone(decodes)
         streams = [part.sequence for part in step.scheduled if part.samples and not part.sequence.finished]
         ahead = self._allowed - now
-        latest = ahead + _MOST_BEHIND * self._alone(max(1, decodes)) if self._knows else ahead
+        latest = ahead + _MOST_BEHIND * self._alone(max(1, decodes))
         self._began = {one: min(latest, self._began.get(one, ahead)) for one in streams}
 
     def _alone(self, decodes: int) -> float:
