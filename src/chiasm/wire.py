@@ -21,6 +21,7 @@ Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 """A number of things. Up to here JavaScript represents every integer."""
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Factor = Annotated[float, msgspec.Meta(ge=0, le=1e3)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Port = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Identifier = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -95,6 +96,8 @@ class Costs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     prefill_seconds_per_token: Seconds = 0.0
     decode_step_seconds: Seconds = 0.0
     """A step that generates one token of one sequence."""
+    beside_streams: Factor = 0.0
+    """By what factor prefill takes longer while the instance decodes."""
     images: list[ImageCost] = []
     """In ascending order of pixels."""
 

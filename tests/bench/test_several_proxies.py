@@ -29,7 +29,7 @@ def ttft(
 def test_proxies_that_learn_the_load_of_instances_come_close_to_a_single_one(asked: list[Prompt]) -> None:
     one, blind = ttft(asked, proxies=1), ttft(asked)
     assert blind > 1.15 * one
-    assert ttft(asked, report_seconds=1.0) < 1.07 * one
+    assert ttft(asked, report_seconds=1.0) < min(0.92 * blind, 1.12 * one)
     assert ttft(asked, report_seconds=3.0) < 1.15 * one
 
 

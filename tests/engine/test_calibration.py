@@ -19,6 +19,7 @@ def test_a_pd_knows_what_prompts_steps_and_images_cost(start: Start) -> None:
     assert costs is not None
     assert costs.prefill_seconds_per_token > 0
     assert costs.decode_step_seconds > 0
+    assert costs.beside_streams > 1
     assert [image.encode_seconds for image in costs.images] == [0.0] * len(costs.images)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from chiasm.engine.fluency import Fluency
+import pytest
+
+from chiasm.engine.fluency import Fluency, slowdown_beside_streams
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.sequence import Sequence
 from chiasm.engine.step import ScheduledSequence, Step
@@ -151,3 +153,31 @@ def test_without_measured_costs_the_most_rows_are_taken() -> None:
     for _ in range(5):
         device.step(one, rows=200)
     assert device.fluency.prefill_rows(device.now) == 64
+
+
+# ---- what is told of it ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_take_as_much_longer_beside_streams_as_the_engine_says() -> None:
+    device, one = Device(), stream("one")
+    device.begin(one)
+    steps = [device.mixed(one) for _ in range(50)]
+    rows, seconds = map(sum, zip(*steps, strict=True))
+    assert seconds / (rows * ROW) == pytest.approx(slowdown_beside_streams("cpu", COSTS), rel=0.05)
+
+
+def test_where_the_fewest_rows_take_long_prompts_are_slowed_down_less() -> None:
+    costs = Costs(prefill_seconds_per_token=0.1, decode_step_seconds=0.1)
+    assert slowdown_beside_streams("cpu", costs) == pytest.approx(1 + 1 / FEWEST)
+
+
+def test_without_measured_costs_nothing_is_said_of_it() -> None:
+    assert slowdown_beside_streams("cpu", Costs()) == 0
+
+
+@pytest.mark.parametrize("decodes", [0, 1])
+def test_a_step_is_divided_among_its_prompts_by_their_rows(decodes: int) -> None:
+    parts = [ScheduledSequence(stream(name), 0, rows, samples=False) for name, rows in (("a", 10), ("b", 30))]
+    step = Step(decodes=[ScheduledSequence(stream("s"), 1, 1, samples=True)] * decodes, prefills=parts)
+    found = Device().fluency.prompt_seconds(step, decodes * DECODE + 40 * ROW)
+    assert found == {"a": pytest.approx(10 * ROW), "b": pytest.approx(30 * ROW)}

@@ -80,9 +80,11 @@ def test_the_estimate_is_queue_and_own_prefill(fleet: Fleet, placement: Placemen
     first = place(placement, text(984))
     assert first.estimate_seconds == pytest.approx(1000 * PER_TOKEN)
     second = place(placement, text(1984))
-    assert second.estimate_seconds == pytest.approx(3000 * PER_TOKEN)
+    slower = 1.03  # the first streams by then
+    assert second.estimate_seconds == pytest.approx((1000 + 2000 * slower) * PER_TOKEN)
     placement.first_token(first, 1.0)
-    assert place(placement, text(3984, arrival=1.0), 1.0).estimate_seconds == pytest.approx(6000 * PER_TOKEN, rel=0.05)
+    third = place(placement, text(3984, arrival=1.0), 1.0)
+    assert third.estimate_seconds == pytest.approx((2000 * slower + 4000 * 1.06) * PER_TOKEN)
 
 
 def test_a_short_prompt_is_computed_before_a_long_one_that_came_first(fleet: Fleet, placement: Placement) -> None:
@@ -115,6 +117,50 @@ def test_beside_streams_a_prompt_waits_for_half_a_decode_step(fleet: Fleet, plac
         one.costs.learn_step(4 * one.costs.reported.decode_step_seconds, 1.0)
     waits = place(placement, text(1), 1.0).estimate_seconds - alone.estimate_seconds * (1 + 0.03)
     assert waits == pytest.approx(4 * one.costs.reported.decode_step_seconds / 2, rel=0.1)
+
+
+def test_an_instance_says_how_much_longer_a_prompt_takes_beside_streams(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=replace(costs(), beside_streams=1.8))
+    first = place(placement, text(984))
+    behind = place(placement, text(984))
+    assert behind.estimate_seconds == pytest.approx((1000 + 1.8 * 1000) * PER_TOKEN)
+    placement.end(behind, 0.0)
+    placement.first_token(first, 1.0)
+    beside = place(placement, text(984, arrival=1.0), 1.0)
+    half_a_step = one.costs.reported.decode_step_seconds / 2
+    assert beside.estimate_seconds == pytest.approx(1.8 * 1000 * PER_TOKEN + half_a_step)
+
+
+def test_what_a_prompt_costs_is_learned_without_what_streams_took(fleet: Fleet, placement: Placement) -> None:
+    one = add(fleet, "1", known=replace(costs(), beside_streams=2.0))
+    placement.first_token(place(placement, text(984)), 0.0)
+    for work, prefill in ((1000 * PER_TOKEN, 9.0), (None, 2000 * PER_TOKEN)):
+        for n in range(10):
+            placed = place(placement, text(984), float(n))
+            placement.first_token(placed, float(n), prompt_tokens=1000, work_seconds=work, prefill_seconds=prefill)
+            placement.end(placed, float(n))
+        assert one.costs.prefill_seconds_per_token(10.0) == pytest.approx(PER_TOKEN)
+
+
+def test_a_prompt_waits_no_longer_for_a_later_one_than_that_takes(fleet: Fleet, placement: Placement) -> None:
+    add(fleet, "1", known=costs())
+    place(placement, text(184))
+    assert place(placement, text(84)).estimate_seconds == pytest.approx((200 / 2 + 100) * PER_TOKEN)
+
+
+def test_instances_of_one_device_learn_together(fleet: Fleet, placement: Placement) -> None:
+    """Else the one that has computed alone seems faster, and all prompts of a burst go there."""
+    one = add(fleet, "1", known=costs(), device="d", cpus=[0, 1])
+    two = add(fleet, "2", known=costs(speed=1.07), device="d", cpus=[0, 1])
+    elsewhere = add(fleet, "3", known=costs(), device="e")
+    for n in range(10):
+        placed = placement.place(text(984), WHOLE, float(n), exclude={two, elsewhere})
+        assert placed is not None
+        placement.first_token(placed, float(n), prompt_tokens=1000, work_seconds=500 * PER_TOKEN)
+        placement.end(placed, float(n))
+    assert one.costs.prefill_seconds_per_token(10.0) == two.costs.prefill_seconds_per_token(10.0)
+    assert one.costs.prefill_seconds_per_token(10.0) < 0.6 * PER_TOKEN
+    assert elsewhere.costs.prefill_seconds_per_token(10.0) == PER_TOKEN
 
 
 def test_who_waits_beside_streams_waits_once(fleet: Fleet, placement: Placement) -> None:
@@ -222,7 +268,9 @@ def test_prefill_is_learned_per_instance_and_text_for_all(fleet: Fleet, placemen
 def test_images_whose_tokens_an_instance_does_not_know_say_nothing_of_text(fleet: Fleet, placement: Placement) -> None:
     """As of vLLM, which reports what prefill took and not what images take."""
     add(fleet, "e", Role.ENCODER, known=costs()), add(fleet, "vllm")
-    before = place(placement, text(1000)).prompt.seconds
+    first = place(placement, text(1000))
+    before = first.prompt.seconds
+    placement.end(first, 0.0)
     for n in range(40):
         placed = place(placement, images("a", tokens=24), float(n))
         seconds = placed.instance.costs.prefill_seconds_per_token(float(n)) * 10_000

@@ -316,6 +316,7 @@ class FakeLanguageEngine(FakeEngine):
                 kv_seconds=0.005 if self.config.role is Role.DECODE else None,
                 encode_seconds=0.0,
                 prefill_seconds=0.004,
+                prefill_work_seconds=0.003,
                 first_token_seconds=0.028,
                 step_seconds=0.006,
                 items=[ItemTiming(item.identifier, ItemOutcome.WAITED, 0.02) for item in request.prompt.items],

@@ -415,6 +415,7 @@ def test_server_timing_says_where_the_time_went(pd: Served) -> None:
     assert timing["wait"] == 20
     assert timing["transfer"] == 3
     assert timing["prefill"] == 4
+    assert timing["prefill_work"] == 3
     assert timing["ttft"] is not None
     assert timing["total"] is not None
 

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
 
 from chiasm.engine.block_manager import BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager
+from chiasm.engine.fluency import slowdown_beside_streams
 from chiasm.engine.request import SamplingParams
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.sequence import Sequence
@@ -106,11 +108,12 @@ def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int
         per_token, step = prefill / tokens, min(steps)
         if prefill > _ENOUGH_SECONDS:
             break
-    return Costs(
+    costs = Costs(
         prefill_seconds_per_token=per_token,
         decode_step_seconds=step,
         images=image_costs(processor, runner.language.device),
     )
+    return msgspec.structs.replace(costs, beside_streams=slowdown_beside_streams(runner.language.device.type, costs))
 
 
 def step_seconds(processor: Processor, runner: ModelRunner, tokens: int, steps: int = _STEPS) -> list[float]:

@@ -33,6 +33,15 @@ _FASTER, _SLOWER = 0.5, 0.02
 """Shares by which a step that only decodes corrects what such steps take undisturbed: most are disturbed."""
 
 
+def slowdown_beside_streams(device_type: str, costs: Costs) -> float:
+    """Return by what factor a prompt takes longer while the engine decodes; 0 if nothing was measured."""
+    decode, row = costs.decode_step_seconds, costs.prefill_seconds_per_token
+    if not decode or not row:
+        return 0.0
+    fewest, most = _ROWS[device_type]
+    return 1 + decode / min(most * row, max(fewest * row, (_LONGEST_MEAN - 1) * decode))
+
+
 class Fluency:
     """What the streams of one engine have been through. Instants and lengths are in seconds, on any clock."""
 
@@ -61,12 +70,17 @@ class Fluency:
         rows = (longest - alone) / max(_CHEAPEST_ROW, self._row.seconds_per_token)
         return round(min(self._most, max(self._fewest, rows)))
 
+    def prompt_seconds(self, step: Step, seconds: float) -> dict[str, float]:
+        """Return what each request's prompt took of a step of so many seconds, by request."""
+        per_row = self._of_prompts(step, seconds) / max(1, sum(part.num_tokens for part in step.prefills))
+        return {part.sequence.request_id: part.num_tokens * per_row for part in step.prefills}
+
     def note(self, step: Step, seconds: float, now: float) -> None:
         """Learn from a step that took so many seconds until ``now``, and whose tokens are in the sequences."""
         decodes = len(step.decodes)
         if decodes and self._knows:
             if rows := step.num_rows - decodes:
-                self._row.note(rows, max(0.0, seconds - self._alone(decodes)))
+                self._row.note(rows, self._of_prompts(step, seconds))
             else:
                 ratio = self._undisturbed * min(2.0, seconds / self._alone(decodes))
                 self._undisturbed += (ratio - self._undisturbed) * (_FASTER if ratio < self._undisturbed else _SLOWER)
@@ -75,6 +89,10 @@ class Fluency:
         ahead = self._allowed - now
         latest = ahead + _MOST_BEHIND * self._alone(max(1, decodes))
         self._began = {one: min(latest, self._began.get(one, ahead)) for one in streams}
+
+    def _of_prompts(self, step: Step, seconds: float) -> float:
+        """Return the part of a step that it would not have taken without rows of prompts."""
+        return max(0.0, seconds - self._alone(len(step.decodes))) if step.decodes and self._knows else seconds
 
     def _alone(self, decodes: int) -> float:
         """Return how long a step takes that only decodes so many sequences, if nothing disturbs it."""

@@ -185,6 +185,8 @@ class RequestTiming:
     """Encoding on this instance (aggregated role), beside the prefill of what comes before the image, and within the waits."""
     prefill_seconds: float | None = None
     """From the first scheduled chunk to the first token, without waits and loads."""
+    prefill_work_seconds: float = 0.0
+    """Computing the prompt: of each step the part that belongs to its rows."""
     first_token_seconds: float | None = None
     """From arrival to the first token."""
     items: list[ItemTiming] = field(default_factory=list)

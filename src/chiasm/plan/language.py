@@ -63,6 +63,8 @@ class StepOutcome:
 
     tokens: list[str] = field(default_factory=list)
     """Those that got a token."""
+    prompt_seconds: dict[str, float] = field(default_factory=dict)
+    """What each prompt took of it."""
     ended: list[str] = field(default_factory=list)
     """Those whose answer, or whose part of it, has ended."""
 
@@ -75,8 +77,8 @@ class PlannedStep:
     shape: StepShape
     load: tuple[str, ...] = ()
     """Requests whose KV may now come from the prefill instance."""
-    prefills: tuple[str, ...] = ()
-    """Requests of whose prompts it computes a part."""
+    prefills: bool = False
+    """Whether it computes parts of prompts."""
     failed: tuple[str, ...] = ()
     """Requests about images that a decode instance has preempted, and cannot compute again."""
 
@@ -169,7 +171,7 @@ class LanguageInstance:
             step,
             StepShape(rows, pairs, decode_keys),
             load=tuple(sequence.request_id for sequence in step.load),
-            prefills=tuple(part.sequence.request_id for part in step.prefills),
+            prefills=bool(step.prefills),
             failed=tuple(failed),
         )
 
@@ -182,6 +184,7 @@ class LanguageInstance:
         outcome = StepOutcome()
         if planned.step.prefills:
             self._pace.note(planned.shape.rows, seconds)
+            outcome.prompt_seconds = self._fluency.prompt_seconds(planned.step, seconds)
         samples = [part.sequence for part in planned.step.scheduled if part.samples and not part.sequence.finished]
         self._scheduler.complete(planned.step, {sequence.sequence_id: 0 for sequence in samples})
         for sequence in samples:

@@ -77,6 +77,11 @@ class Candidate:
         return isinstance(self.places[0].device, Gpu)
 
     @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cuda" if self.on_gpus else "cpu"
+
+    @property
     def num_devices(self) -> int:
         """GPUs; the cores of a CPU are one device."""
         return len({place.number for place in self.places})

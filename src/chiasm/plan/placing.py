@@ -9,6 +9,9 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import msgspec
+
+from chiasm.engine.fluency import slowdown_beside_streams
 from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.layouts import Candidate, PlannedInstance
 from chiasm.plan.shapes import ModelShape
@@ -71,10 +74,10 @@ class Proxy:
                 fingerprint="plan",
                 ec_place=_place(index) if planned.role is Role.ENCODER else None,
                 kv_connector="plan" if planned.role in (Role.PREFILL, Role.DECODE) else None,
-                device="cuda:0" if candidate.on_gpus else "cpu",
+                device=candidate.device_type,
                 cpus=[] if candidate.on_gpus else list(range(candidate.places[planned.place].cores)),
                 device_id=f"place {planned.place}",
-                costs=reported(planned, shape, costs[planned.place]),
+                costs=reported(planned, shape, costs[planned.place], candidate.device_type),
             )
             self._fleet.succeed(instance, health)
 
@@ -119,9 +122,9 @@ class Proxy:
         """Note that all images of a request are encoded."""
         self._placement.embedded(placing.placed)
 
-    def first_token(self, placing: Placing, now: float, *, prefill_seconds: float, prompt_tokens: int) -> None:
+    def first_token(self, placing: Placing, now: float, *, work_seconds: float, prompt_tokens: int) -> None:
         """Note the first token of a request, and what computing its prompt took."""
-        self._placement.first_token(placing.placed, now, prefill_seconds=prefill_seconds, prompt_tokens=prompt_tokens)
+        self._placement.first_token(placing.placed, now, work_seconds=work_seconds, prompt_tokens=prompt_tokens)
 
     def end(self, placing: Placing, now: float) -> None:
         """Note that a request has left its language instance; for a prefill instance, after the first token."""
@@ -142,8 +145,8 @@ class Proxy:
             pass
 
 
-def reported(planned: PlannedInstance, shape: ModelShape, costs: CostModel) -> Costs:
-    """Return what the instance would report of itself after its calibration at start."""
+def reported(planned: PlannedInstance, shape: ModelShape, costs: CostModel, device_type: str) -> Costs:
+    """Return what the instance would report of itself after its calibration at start; on ``cpu`` or ``cuda``."""
     encodes = planned.role in (Role.ENCODER, Role.AGGREGATED)
     computes = planned.role is not Role.ENCODER
     threads = 1  # an engine measures itself on one core of a CPU, and a GPU counts as one
@@ -157,13 +160,14 @@ def reported(planned: PlannedInstance, shape: ModelShape, costs: CostModel) -> C
         )
         for side in _SIDES
     ]
-    return Costs(
+    measured = Costs(
         prefill_seconds_per_token=costs.step_seconds(StepShape(_ROWS, _ROWS**2 / 2), threads) / _ROWS
         if computes
         else 0.0,
         decode_step_seconds=costs.step_seconds(StepShape(1, 0, _ROWS), threads) if computes else 0.0,
         images=images,
     )
+    return msgspec.structs.replace(measured, beside_streams=slowdown_beside_streams(device_type, measured))
 
 
 def _place(index: int) -> ECPlace:

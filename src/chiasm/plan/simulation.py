@@ -64,7 +64,8 @@ class _Request:
     server: int = -1
     """Where its language part is now."""
     missing: set[str] = field(default_factory=set)
-    prefill_seconds: float = 0.0
+    work_seconds: float = 0.0
+    """Computing its prompt."""
     prefilled_at: _Server | None = None
     """The prefill instance that holds its KV for a decode instance."""
     tokens: int = 0
@@ -124,7 +125,7 @@ class Simulation:
             own = planned.role is Role.AGGREGATED
             server = _Server(planned, device, cost, Store(ENCODER_BYTES))
             if limits is not None:
-                known = reported(planned, self._shape, cost)
+                known = reported(planned, self._shape, cost, candidate.device_type)
                 server.language = LanguageInstance(planned.role, limits, known)
                 if own:
                     server.store = Store(limits.encoder_cache_bytes)
@@ -366,10 +367,10 @@ class Simulation:
 
     def _complete(self, server: _Server, planned: PlannedStep, seconds: float) -> None:
         assert server.language is not None
-        for name in planned.prefills:
-            if name in self._requests:
-                self._requests[name].prefill_seconds += seconds
         outcome = server.language.complete(planned, seconds, self._events.now)
+        for name, of_prompt in outcome.prompt_seconds.items():
+            if name in self._requests:
+                self._requests[name].work_seconds += of_prompt
         for name in outcome.tokens:
             self._token(self._requests[name])
         for name in outcome.ended:
@@ -389,7 +390,7 @@ class Simulation:
         assert placing is not None
         outcome.first_token = self._events.now - outcome.arrival
         self._proxy.first_token(
-            placing, self._events.now, prefill_seconds=request.prefill_seconds, prompt_tokens=outcome.prompt_tokens
+            placing, self._events.now, work_seconds=request.work_seconds, prompt_tokens=outcome.prompt_tokens
         )
         later = outcome.shape.answer_tokens - 1
         if request.limits is not None and later:

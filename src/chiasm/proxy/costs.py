@@ -16,6 +16,11 @@ _PREFILL_SECONDS_PER_TOKEN = 1e-4
 _TOKENS_PER_IMAGE = 1000
 _ENCODE_SECONDS_PER_PIXEL = 4e-7
 
+_STEP_TOKENS = 1024
+"""Tokens that an instance computes in a step of prefill."""
+_STREAM_SLOWS = 0.03
+"""Share by which each running stream slows down prefill, of an instance that doesn't say."""
+
 _GAIN = 0.25
 """Share of an error that one measurement corrects for all sizes."""
 _GAIN_OF_KIND = 0.15
@@ -75,6 +80,11 @@ class InstanceCosts:
         self.transfer_seconds = 0.0
         """From an encoder's answer until this language instance had the embedding."""
 
+    def learn_with(self, other: InstanceCosts | None) -> None:
+        """Correct costs from now on by what the other instance's answers tell too; with None, by one's own alone."""
+        source = other or InstanceCosts()
+        self.encode, self.prefill, self.step = source.encode, source.prefill, source.step
+
     def encode_seconds(self, pixels: int, now: float) -> float:
         """Return the seconds to encode an image of this size."""
         return self._reported_encode_seconds(pixels) * self.encode.factor(now, size_class(pixels))
@@ -92,11 +102,25 @@ class InstanceCosts:
         reported = self.reported.decode_step_seconds
         return reported and reported * self.step.factor(now)
 
+    def slowdown(self, streams: int) -> float:
+        """Return by what factor prefill takes longer beside so many running streams."""
+        if not streams:
+            return 1.0
+        return max(1.0, self.reported.beside_streams) if self.reported.beside_streams else 1 + _STREAM_SLOWS * streams
+
+    def step_seconds(self, streams: int, prompt_seconds: float, now: float) -> float:
+        """Return what a step takes that decodes so many streams, beside prompts that take so many seconds if there are any."""
+        if not streams:
+            return min(prompt_seconds, _STEP_TOKENS * self.prefill_seconds_per_token(now))
+        decode, slower = self.decode_step_seconds(now), self.slowdown(streams) - 1
+        return decode + (min(prompt_seconds, decode / slower) if slower else prompt_seconds)
+
     def learned(self, now: float) -> Costs:
         """Return the reported costs, corrected; of images, those sizes that it reports."""
         return Costs(
             prefill_seconds_per_token=self.prefill_seconds_per_token(now),
             decode_step_seconds=self.decode_step_seconds(now),
+            beside_streams=self.reported.beside_streams,
             images=[
                 ImageCost(
                     pixels=one.pixels,

@@ -362,9 +362,11 @@ class Fleet:
         known = instance.health
         if instance.state is InstanceState.HEALTHY and known is not None and known.ec_store != health.ec_store:
             instance.moved_at = self._reports
+        moves = health.device_id != instance.device_id
         instance.health = health
         instance.incarnation = health.incarnation
-        instance.costs.reported = health.costs or Costs()
+        if moves or known is None or known.costs != health.costs:
+            self._share_costs(instance, moves=moves)
         instance.models = models or (health.model,)
         instance.failure = None
         self._note_load(instance, health.load)
@@ -399,6 +401,20 @@ class Fleet:
             self._note_load(instance, lease.load)
         instance.lease, instance.lease_fault = lease, fault
         self._judge()
+
+    def _share_costs(self, instance: Instance, *, moves: bool) -> None:
+        """Take what work costs the instance to be what it costs the others of its role on its device; ``moves`` if that is new.
+
+        They compute equally fast. If each learned alone, the one that has had work on an idle device would seem faster than
+        the others, and would get all of it until it is busy.
+        """
+        known = [one for one in self._instances.values() if one.role is instance.role and one.health]
+        alike = [one for one in known if one is instance or (one.device_id and one.device_id == instance.device_id)]
+        if moves:
+            others = [one.costs for one in alike if one is not instance]
+            instance.costs.learn_with(others[0] if others else None)
+        reported = [one.health.costs for one in alike if one.health and one.health.costs]
+        instance.costs.reported = reported[0] if reported else Costs()
 
     def _note_load(self, instance: Instance, load: Load | None) -> None:
         if load is not None:

@@ -31,14 +31,10 @@ from chiasm.wire import Role
 __all__ = ["Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
 
 _ALIKE = 0.02
-"""Instances whose estimates differ by less than this share take turns."""
+"""Among instances whose estimates differ by less than this share, the one with the fewest requests gets the next."""
 _ALIKE_SECONDS = 0.0005
-_STREAM_SLOWS = 0.03
-"""Share by which each running stream slows down prefill beside it."""
 _DELAY = 0.05
 """What a second by which a prompt that is due later is delayed counts against a second until a first token."""
-_STEP_TOKENS = 1024
-"""Tokens that an instance computes in a step of prefill."""
 _BYTES_PER_TOKEN = 4.0
 _REQUEST_TOKENS = 16
 """Tokens that a chat template adds to a prompt."""
@@ -131,7 +127,8 @@ class Placement:
         estimates = [self._estimate(instance, work, due, ready, devices, now) for instance in candidates]
         best = min(one.score for one in estimates)
         limit = best + max(_ALIKE * best, _ALIKE_SECONDS) if best < math.inf else best
-        chosen = min((one for one in estimates if one.score <= limit), key=lambda one: one.instance.last_taken)
+        alike = [one for one in estimates if one.score <= limit]
+        chosen = min(alike, key=lambda one: (len(one.instance.prompts), one.instance.last_taken))
         expected_at = now + chosen.first_token_seconds
         is_seen = work.streams or chosen.instance.role is Role.PREFILL
         prompt = Prompt(work, due, chosen.own_seconds, expected_at, is_seen=is_seen)
@@ -171,17 +168,21 @@ class Placement:
         *,
         seconds: float | None = None,
         prefill_seconds: float | None = None,
+        work_seconds: float | None = None,
         prompt_tokens: int | None = None,
         cached_tokens: int = 0,
     ) -> None:
         """Note that an instance has begun its answer, and what it reports of its work.
 
-        ``seconds`` is the time since the decision. It tells the cost of prefill if the instance doesn't, as vLLM, and had
-        nothing else to do.
+        ``work_seconds`` is what computing the prompt has cost. An instance that doesn't know it tells ``prefill_seconds``, how
+        long that took beside others. From one that tells neither, ``seconds`` since the decision say it, if it had nothing else
+        to do.
         """
         instance, work = placed.instance, placed.prompt.work
+        if work_seconds is None and prefill_seconds is not None:
+            work_seconds = prefill_seconds / instance.costs.slowdown(instance.prompts.streams)
         instance.prompts.begin_stream(placed.prompt, now)
-        if prefill_seconds is None and seconds is not None and placed.was_alone:
+        if work_seconds is None and seconds is not None and placed.was_alone:
             instance.costs.prefill.learn(seconds, placed.prompt.seconds / instance.costs.prefill.factor(now), now)
         if prompt_tokens is None:
             return
@@ -190,8 +191,8 @@ class Placement:
         if not work.items or instance.costs.reported.images:  # else a guess at the tokens of images would count as text
             image_tokens = sum(instance.costs.image_tokens(item.pixels) for item in work.items)
             self._text.learn(prompt_tokens - image_tokens, self._text_tokens(work.text_bytes), now)
-        if prefill_seconds is not None:
-            instance.costs.learn_prefill(prompt_tokens - cached_tokens, prefill_seconds, now)
+        if work_seconds is not None:
+            instance.costs.learn_prefill(prompt_tokens - cached_tokens, work_seconds, now)
 
     def end(self, placed: Placed, now: float) -> None:
         """Note that an answer has ended or failed."""
@@ -210,18 +211,15 @@ class Placement:
     ) -> _Estimate:
         prompts, costs = instance.prompts, instance.costs
         cached = prompts.cached_items(work.prefixes)
-        per_token = costs.prefill_seconds_per_token(now) * (1 + _STREAM_SLOWS * prompts.streams)
         ready = () if instance.role in _ENCODES_ITSELF else ready_seconds
         text_tokens = self._text.factor(now) / _BYTES_PER_TOKEN
         # vLLM computes prompts in the order in which they come.
         ready_at = now + ready[cached] if cached < len(ready) else now
-        seconds, later = prompts.seconds_before(math.inf if instance.is_vllm else due, now, ready_at)
-        seconds += prompts.others_seconds(now)
-        # It begins when the step that is being computed ends: half a step later, on average.
-        if later:
-            seconds += _STEP_TOKENS / 2 * per_token
-        elif prompts.streams and not seconds:
-            seconds += costs.decode_step_seconds(now) / 2
+        ahead = prompts.ahead(math.inf if instance.is_vllm else due, now, ready_at)
+        seconds = ahead.seconds + prompts.others_seconds(now)
+        per_token = costs.prefill_seconds_per_token(now) * costs.slowdown(prompts.streams + ahead.prompts)
+        if ahead.later or not seconds:  # the step that is being computed ends half a step later, on average
+            seconds += costs.step_seconds(prompts.streams, ahead.later_seconds, now) / 2
         own = 0.0
         text_bytes = work.prefixes[cached - 1].text_bytes if cached else 0
         for index in range(cached, len(work.items)):
@@ -247,7 +245,7 @@ class Placement:
         if device is not None:
             seconds += device.without(prompts.seconds_computing(now)).delay(own)
         streams = prompts.streams if device is None else device.streams
-        hindered = own * (later * _DELAY + streams * HINDRANCE)
+        hindered = own * (ahead.later * _DELAY + streams * HINDRANCE)
         return _Estimate(instance, seconds, own, last + rest * per_token, hindered, ready, cached)
 
     def _tokens(self, instance: Instance, work: Work, now: float) -> float:

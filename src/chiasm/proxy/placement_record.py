@@ -49,6 +49,7 @@ class PlacementRecord:
             now,
             seconds=seconds,
             prefill_seconds=_duration(told, "prefill"),
+            work_seconds=_duration(told, "prefill_work"),
             prompt_tokens=_count(told, "prompt_tokens"),
             cached_tokens=_count(told, "cached_tokens") or 0,
         )

@@ -47,6 +47,19 @@ class Work(NamedTuple):
     """Whether its answer comes token by token, so that its first token can be seen."""
 
 
+class Ahead(NamedTuple):
+    """What a new prompt has to wait for."""
+
+    seconds: float
+    """Until it could be computed."""
+    prompts: int
+    """Those that are computed before it. They stream by then."""
+    later: int
+    """Those that are due later, although they are being computed now."""
+    later_seconds: float
+    """Their computing."""
+
+
 class Prompt:
     """A request that was given to a language instance. Compared by identity."""
 
@@ -82,6 +95,10 @@ class Prompts:
         """When the instance will have done what others than this proxy had given it when it last told its load."""
         self._told_at = -math.inf
         self._prefixes: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        """The number of those that have not ended, whether they have a first token or not."""
+        return len(self._computing) + self.streams
 
     def add(self, prompt: Prompt, now: float) -> None:
         """Take a prompt. Its prefixes count as cached from now on, since those that come later are computed later."""
@@ -125,27 +142,29 @@ class Prompts:
         """Return what is left of the work of others; nothing if the instance has told its load too long ago."""
         return max(0.0, self._others_until - now) if now - self._told_at <= LEASE_SECONDS else 0.0
 
-    def seconds_before(self, due: float, now: float, ready_at: float) -> tuple[float, int]:
-        """Return the time until a new prompt could be computed, and how many prompts are due later.
+    def ahead(self, due: float, now: float, ready_at: float) -> Ahead:
+        """Return what a new prompt has to wait for.
 
         Prompts that are due before it go first, but only if they have their embeddings when the new one has its own, which is
         expected at ``ready_at``.
         """
         if not self._computing:
-            return 0.0, 0
+            return Ahead(0.0, 0, 0, 0.0)
         self._presume(now)
         before = [prompt for prompt in self._computing if prompt.due <= due]
-        later = sum(1 for prompt in self._computing if prompt.due > due and not prompt.waits)
+        later = [prompt.seconds for prompt in self._computing if prompt.due > due and not prompt.waits]
         running = min((one for one in before if not one.waits), key=lambda one: one.due, default=None)
         free_at = now
         if running is not None:
             free_at -= min(max(0.0, now - self._progressed_at), running.seconds)
+        prompts = 0
         for prompt in sorted(before, key=lambda one: one.ready_at if one.waits else 0.0):
             begins_at = max(free_at, prompt.ready_at) if prompt.waits else free_at
             if begins_at > max(free_at, ready_at):
                 break
             free_at = begins_at + (prompt.last_seconds if prompt.waits else prompt.seconds)
-        return free_at - now, later
+            prompts += 1
+        return Ahead(free_at - now, prompts, len(later), sum(later))
 
     def seconds_computing(self, now: float) -> float:
         """Return the computing that is left of prompts that wait for nothing."""

@@ -146,6 +146,7 @@ class Generation:
                 "kv": timing.kv_seconds,
                 "encode": timing.encode_seconds or None,
                 "prefill": timing.prefill_seconds,
+                "prefill_work": timing.prefill_work_seconds or None,
                 "step": timing.step_seconds,
             }
             starts = {"queue": self._engine_at(timing), "prefill": self._engine_at(timing, timing.prefill_at)}
