@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,7 +232,7 @@ def _run_steps(folder: Path, ready: Semaphore, done: Event) -> None:
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Return the shortest of some runs, after one that doesn't count: whatever else the machine does only adds.
+    """Return the median of some runs, after one that doesn't count.
 
     One thread is timed by the CPU time that it uses, so that it doesn't matter how often others take its core.
     """
@@ -245,7 +246,7 @@ def _time(work: Callable[[], object]) -> float:
         started = clock()
         work()
         found.append(clock() - started)
-    return min(found)
+    return statistics.median(found)
 
 
 def _slope(first: float, second: float, difference: float) -> float:

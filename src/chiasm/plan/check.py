@@ -1,4 +1,4 @@
-"""Compares the rates that a plan would say with those that ``chiasm bench goodput`` has measured on this machine."""
+"""Simulates the trials that ``chiasm bench goodput`` has made on this machine, and compares what came of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from chiasm.bench.goodput import Limits
+from chiasm.bench.alone import Alone, Unloaded, typical
+from chiasm.bench.goodput import Limits, Served, Trial, Trials, Verdict
 from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
-from chiasm.bench.traffic import LONGEST_SECONDS, MIXES
+from chiasm.bench.traffic import MIXES
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import cpu_pairs
 from chiasm.plan.costs import CostModel
@@ -27,36 +28,64 @@ from chiasm.plan.layouts import (
 from chiasm.plan.report import shown
 from chiasm.plan.search import Planner, Workload
 from chiasm.plan.shapes import ModelShape
+from chiasm.plan.speed import Adjusted, Speed, speed_of
 
 TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One deployment under one mix."""
+    """One deployment under one mix: what was measured, and what the same trials are when they are simulated."""
 
     mix: str
     arm: str
+    requests: int
+    measured_in_time: float
+    """Share of the requests that met both limits."""
+    simulated_in_time: float
     measured: float
-    """Requests per second."""
+    """Goodput, in requests per second."""
     simulated: float
 
     @property
     def off(self) -> float:
-        """By how much the simulation is off, relative to what was measured."""
+        """By how much the simulated goodput is off, relative to what was measured."""
         return self.simulated / self.measured - 1
+
+
+@dataclass(frozen=True)
+class MeasuredTrial:
+    """One trial of the benchmark."""
+
+    mix: str
+    arm: str
+    rate: float
+    seed: int
+    requests: int
+    good: int
+
+    @property
+    def trial(self) -> Trial:
+        """The same, as far as shares go."""
+        verdicts = [Verdict.GOOD] * self.good + [Verdict.LATE] * (self.requests - self.good)
+        return Trial(self.rate, self.seed, [Served("", verdict) for verdict in verdicts])
 
 
 @dataclass(frozen=True)
 class Measured:
     """What results.json says."""
 
-    rates: Mapping[tuple[str, str], float]
-    """By mix and arm."""
+    trials: Sequence[MeasuredTrial]
     limits: Mapping[str, Limits]
-    seeds: Sequence[int]
+    alone: Mapping[str, Alone]
+    """What requests took when nothing else ran, by deployment."""
     model: str
     """The name of the checkpoint."""
+
+    @property
+    def mixes(self) -> list[str]:
+        """Those of the benchmark's own, in the order of the trials."""
+        return list(dict.fromkeys(trial.mix for trial in self.trials if trial.mix in MIXES))
 
 
 def check(
@@ -78,14 +107,17 @@ def check(
         raise ConfigurationError(
             f"{path} was measured with {measured.model}; give that as MODEL in place of {shape.name}."
         )
-    found = list(compare(measured, shape, cost_of, cpu))
+    costs = cost_of(places_of([cpu])[0])
+    speed = measured_speed(measured, shape, costs, cpu)
+    found = list(compare(measured, shape, Adjusted(costs, speed), cpu))
     if not found:
         raise ConfigurationError(f"{path} has no rates of the benchmark's own deployments and mixes to compare with.")
     within = all(abs(one.off) <= TOLERANCE for one in found)
     if as_json:
-        print(json.dumps({"within": within, "compared": [{**asdict(one), "off": one.off} for one in found]}, indent=1))
+        compared = [{**asdict(one), "off": one.off} for one in found]
+        print(json.dumps({"within": within, "speed": asdict(speed), "compared": compared}, indent=1))
     else:
-        _print(found)
+        _print(found, speed)
     return 0 if within else 1
 
 
@@ -93,46 +125,70 @@ def read_measured(path: Path) -> Measured:
     """Read results.json of ``chiasm bench goodput``. Raises ConfigurationError if it isn't that."""
     try:
         measurement: Any = json.loads(path.read_text(encoding="utf-8"))["measurements"]["goodput"]
+        parameters = measurement["parameters"]
         limits = {
             name: Limits(float(one["ttft_seconds"]), float(one["tpot_seconds"]))
-            for name, one in measurement["parameters"]["limits"].items()
+            for name, one in parameters["limits"].items()
         }
-        rates = {
-            (mix, arm): float(figure["value"])
-            for figure in measurement["figures"]
-            if figure["unit"] == "requests/s"
-            for mix, _, arm in [figure["name"].partition(": ")]
+        alone = {
+            arm: {
+                name: Unloaded(float(one["ttft_seconds"]), float(one["tpot_seconds"])) for name, one in classes.items()
+            }
+            for arm, classes in parameters.get("alone", {}).items()
         }
-        seeds = sorted({int(trial["seed"]) for trial in measurement["trials"]})
-        model = str(measurement["parameters"]["model"])
+        trials = [
+            MeasuredTrial(
+                str(one["traffic"]),
+                str(one["arm"]),
+                float(one["rate"]),
+                int(one["seed"]),
+                int(one["requests"]),
+                int(one["good"]),
+            )
+            for one in measurement["trials"]
+        ]
+        model = str(parameters["model"])
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"--check {path} is not a results.json of `chiasm bench goodput`: {type(error).__name__} {error}."
         ) from error
-    return Measured(rates, limits, seeds, model)
+    return Measured(trials, limits, alone, model)
 
 
-def compare(
-    measured: Measured, shape: ModelShape, cost_of: Callable[[Place], CostModel], cpu: Cpu
-) -> Iterator[Compared]:
-    """Yield what is comparable: the benchmark's own deployments and mixes, where a rate was found."""
+def measured_speed(measured: Measured, shape: ModelShape, costs: CostModel, cpu: Cpu) -> Speed:
+    """Return how fast the machine was while the benchmark ran."""
+    seeds = sorted({trial.seed for trial in measured.trials})
+    shapes = typical([MIXES[mix] for mix in measured.mixes], seeds)
+    return speed_of(measured.alone, shapes, arms_on(cpu, shape), shape, costs)
+
+
+def compare(measured: Measured, shape: ModelShape, costs: CostModel, cpu: Cpu) -> Iterator[Compared]:
+    """Simulate the trials of the benchmark's own deployments and mixes; yield those in which a goodput was found.
+
+    Both goodputs are read off curves that are fitted to the same trials.
+    """
     arms = arms_on(cpu, shape)
-    for mix in dict.fromkeys(mix for mix, _ in measured.rates):
-        if mix not in MIXES or not measured.seeds:
-            continue
-        workload = Workload(
-            MIXES[mix],
-            measured.limits,
-            seed=measured.seeds[0],
-            seeds=len(measured.seeds),
-            requests=MIXES[mix].requests,
-            longest_seconds=LONGEST_SECONDS,
-        )
-        planner = Planner(shape, workload, cost_of, places_of([cpu]))
-        for arm, candidate in arms.items():
-            rate = measured.rates.get((mix, arm))
-            if rate:
-                yield Compared(mix, arm, rate, planner.highest_rate(candidate).rate)
+    for mix in measured.mixes:
+        trials = [trial for trial in measured.trials if trial.mix == mix and trial.arm in arms]
+        workload = Workload(MIXES[mix], measured.limits, seeds=1, requests=MIXES[mix].requests)
+        planner = Planner(shape, workload, lambda place: costs, places_of([cpu]))
+        names = list(dict.fromkeys(trial.arm for trial in trials))
+        found, simulated = Trials(names), Trials(names)
+        for one in trials:
+            arrivals = MIXES[mix].pattern(one.seed)[: one.requests]
+            found.add(one.arm, one.trial)
+            simulated.add(one.arm, planner.trial(arms[one.arm], arrivals, one.rate, one.seed))
+        for name in names:
+            if rate := found.rate(name):
+                number, measured_share = _in_time(found.of[name])
+                _, simulated_share = _in_time(simulated.of[name])
+                yield Compared(mix, name, number, measured_share, simulated_share, rate, simulated.rate(name))
+
+
+def _in_time(trials: Sequence[Trial]) -> tuple[int, float]:
+    """Return the number of requests, and the share that met both limits."""
+    number = sum(len(trial.served) for trial in trials)
+    return number, sum(trial.good for trial in trials) / number
 
 
 def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
@@ -146,17 +202,24 @@ def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
     }
 
 
-def _print(found: Sequence[Compared]) -> None:
+def _print(found: Sequence[Compared], speed: Speed) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for title in ("mix", "deployment", "measured req/s", "simulated req/s", "off"):
-        table.add_column(title, justify="left" if title in ("mix", "deployment") else "right")
+    titles = ("mix", "deployment", "measured in time", "simulated", "measured req/s", "simulated", "off")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < 2 else "right")
     for one in found:
-        table.add_row(one.mix, one.arm, shown(one.measured), shown(one.simulated), f"{100 * one.off:+.0f} %")
+        shares = (f"{one.measured_in_time:.1%}", f"{one.simulated_in_time:.1%}")
+        table.add_row(one.mix, one.arm, *shares, shown(one.measured), shown(one.simulated), f"{100 * one.off:+.0f} %")
     console = Console()
     console.print(table)
+    console.print(
+        f"When nothing else ran, computing took {speed.slowness:.2f} times what was calibrated, with "
+        f"{1000 * speed.request_seconds:.1f} ms for each request and {1000 * speed.step_seconds:.1f} ms for each step besides. "
+        "The simulation is as slow."
+    )
     worst = max(found, key=lambda one: abs(one.off))
     number = sum(abs(one.off) <= TOLERANCE for one in found)
     console.print(

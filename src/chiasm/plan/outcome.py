@@ -16,6 +16,8 @@ class Outcome:
 
     shape: Shape
     arrival: float
+    instance: int = -1
+    """The language instance that it was given to, among the candidate's instances."""
     prompt_tokens: int = 0
     refused: bool = False
     """Not admitted, or lost to a lack of memory."""

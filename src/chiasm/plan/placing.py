@@ -81,13 +81,16 @@ class Proxy:
             )
             self._fleet.succeed(instance, health)
 
-    def place(self, now: float, text_tokens: int, images: Sequence[SentImage]) -> Placing | None:
-        """Choose the language instance of a new request, and let its images wait for encoders; None if nobody takes it."""
+    def place(
+        self, now: float, text_tokens: int, images: Sequence[SentImage], *, only: int | None = None
+    ) -> Placing | None:
+        """Choose the language instance of a new request; None if nobody takes it. With ``only``, it is that one."""
         items = [ItemWork(image.identifier, image.height * image.width) for image in images]
         names = [image.identifier for image in images]
         prefixes = [Prefix(hash(tuple(names[: count + 1])), 0) for count in range(len(names))]
         work = Work(now, text_tokens * _BYTES_PER_TOKEN, items, prefixes)
-        placed = self._placement.place(work, PROMPT_ROLES, now)
+        others = () if only is None else [one for one, index in self._index.items() if index != only]
+        placed = self._placement.place(work, PROMPT_ROLES, now, exclude=others)
         if placed is None:
             return None
         self._take(placed.instance)

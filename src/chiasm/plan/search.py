@@ -147,8 +147,8 @@ class Planner:
                 break
             seed = number % len(self._patterns)
             rate = search.next_rate()
-            result = self.simulate(candidate, rate, seed)
-            search.trials.add(name, Trial(rate, seed, [self._served(outcome) for outcome in result.outcomes]))
+            arrivals = within(self._patterns[seed], rate, self._workload.longest_seconds)
+            search.trials.add(name, self.trial(candidate, arrivals, rate, seed))
         tried, highest = search.trials.of[name], search.trials.rate(name)
         curve = sorted((trial.rate, trial.attained) for trial in tried)
         if not highest:
@@ -158,10 +158,18 @@ class Planner:
         beyond = [self.simulate(candidate, _BEYOND * highest, index) for index in range(len(self._patterns))]
         return replace(there, attained=TARGET, limited_by=self._limited_by(beyond), curve=curve)
 
+    def trial(self, candidate: Candidate, arrivals: Sequence[Arrival], rate: float, seed: int) -> Trial:
+        """Return what becomes of requests that arrive at a rate; ``seed`` is theirs."""
+        outcomes = self._simulate(candidate, arrivals, rate).outcomes
+        return Trial(rate, seed, [self._served(outcome) for outcome in outcomes])
+
     def simulate(self, candidate: Candidate, rate: float, pattern: int) -> Result:
-        """Return one trial."""
-        costs = [self._cost_of(place) for place in candidate.places]
+        """Return what happens with one of the workload's patterns."""
         arrivals = within(self._patterns[pattern], rate, self._workload.longest_seconds)
+        return self._simulate(candidate, arrivals, rate)
+
+    def _simulate(self, candidate: Candidate, arrivals: Sequence[Arrival], rate: float) -> Result:
+        costs = [self._cost_of(place) for place in candidate.places]
         return Simulation(candidate, self._shape, costs, arrivals, limits=self._workload.limits).run(rate)
 
     def _rate_at_best(self, places: Sequence[Place], pattern: Sequence[Arrival]) -> float:

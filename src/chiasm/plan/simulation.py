@@ -92,9 +92,12 @@ class Simulation:
         arrivals: Sequence[Arrival],
         *,
         limits: Mapping[str, Limits] | None = None,
+        forced: Mapping[int, int] | None = None,
     ) -> None:
         """``costs`` are those of the candidate's places. With ``limits``, by size class, clients give up as those of the
-        benchmark do. Raises DoesNotFitError, and ConfigurationError for too many requests."""
+        benchmark do. ``forced`` are language instances by the number of a request, to see what another choice would bring.
+        Raises DoesNotFitError, and ConfigurationError for too many requests.
+        """
         if len(arrivals) > MAX_REQUESTS:
             raise ConfigurationError(
                 f"There are {len(arrivals)} requests, and a simulation takes at most {MAX_REQUESTS}; give a part of the trace."
@@ -102,6 +105,7 @@ class Simulation:
         self._arrivals = arrivals
         self._shape = shape
         self._limits = limits
+        self._forced = forced or {}
         self._events = Events()
         self._proxy = Proxy(candidate, shape, costs)
         self._devices = [
@@ -172,20 +176,20 @@ class Simulation:
             items = [Item(image.identifier, self._shape.tokens_of(image.height, image.width)) for image in images]
             prompt = made_up_prompt(number, items, shape.prompt_tokens)
             outcome.prompt_tokens = len(prompt.token_ids)
-            self._place(_Request(f"r{number}", outcome, images, prompt, limits))
+            self._place(_Request(f"r{number}", outcome, images, prompt, limits), self._forced.get(number))
 
         self._events.at(when, arrive)
         return outcome
 
-    def _place(self, request: _Request) -> None:
+    def _place(self, request: _Request, only: int | None) -> None:
         placing = request.placing = self._proxy.place(
-            self._events.now, request.outcome.shape.prompt_tokens, request.images
+            self._events.now, request.outcome.shape.prompt_tokens, request.images, only=only
         )
         if placing is None:
             self._refuse(request)
             return
         self._requests[request.name] = request
-        request.server = placing.server
+        request.server = request.outcome.instance = placing.server
         if request.limits is not None:
             self._give_up_at(request, self._events.now + PATIENCE * request.limits.ttft_seconds, unless_begun=True)
         if not placing.encodes_itself:
