@@ -1,13 +1,13 @@
 """The front door: speaks the OpenAI API to clients, and sends text to language instances and images to encoders.
 
 A request passes the files in this order: ``app`` (routes), ``service`` (from the first byte to the last), ``request``
-(parse), ``job`` (what it carries from here on), ``routing`` (what happens to it), ``media`` (fetch, inspect, name),
-``encoders`` (images to encoders), ``balancing`` (which instance gets the text), ``handover`` and ``handover_engines`` (from
-prefill to decode), ``relay`` (a stream back). All calls of instances go through ``upstream``; ``waiting`` holds requests
-whose instances are away or full. Beside it run ``probe``, which asks instances how they are, and ``fleet``, which holds what
-they said; ``agreement`` decides which of them fit together. ``membership`` decides who belongs to the fleet, from what the
-options, an administrator, ``leases`` (instances that join) and ``discovery`` (files, DNS, Kubernetes) say. ``drain`` takes an
-instance down.
+(parse), ``job`` (what it carries from here on), ``routing`` (what happens to it), ``request_images`` (what happens to its
+images), ``media`` (fetch, inspect, name), ``encoders`` (images to encoders), ``balancing`` (which instance gets the text),
+``handover`` and ``handover_engines`` (from prefill to decode), ``relay`` (a stream back). All calls of instances go through
+``upstream``; ``waiting`` holds requests whose instances are away or full. Beside it run ``probe``, which asks instances how
+they are, and ``fleet``, which holds what they said; ``agreement`` decides which of them fit together. ``membership`` decides
+who belongs to the fleet, from what the options, an administrator, ``leases`` (instances that join) and ``discovery`` (files,
+DNS, Kubernetes) say. ``drain`` takes an instance down.
 
 Requests that the proxy doesn't understand and passes on are in ``other_paths``. ``siblings`` are the other workers of a proxy
 that has several.

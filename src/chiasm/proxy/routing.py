@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from aiohttp.abc import AbstractResolver
 
@@ -16,39 +12,32 @@ from chiasm.errors import (
     Code,
     EmbeddingUnavailableError,
     InvalidRequestError,
-    MediaError,
     NotServedError,
     OverloadedError,
 )
-from chiasm.media import Fetcher
 from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoder_demand import EncoderDemand
-from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
 from chiasm.proxy.job import Job, Original
 from chiasm.proxy.key_check import KeyCheck
 from chiasm.proxy.kv_releases import KVReleases
-from chiasm.proxy.lost_embeddings import LostEmbeddings
-from chiasm.proxy.media import Item, read_items
+from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import DemandCollector, Metrics
 from chiasm.proxy.other_paths import check_salted, check_unnamed, media_refused
 from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.relay import begin, begin_answer
-from chiasm.proxy.stored_embeddings import StoredEmbeddings
+from chiasm.proxy.request_images import RequestImages
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
 from chiasm.proxy.waiting import Comeback
 from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, COUNT_TOKENS_PATH, RESPONSES_PATH, Role
 
-_MEDIA_THREADS = 2
 SendBack = Callable[[Job, Call, Assignment], Awaitable[None]]
-_ASK_AGAIN_SECONDS = 0.5
-"""How often the shared cache is asked for images while nobody can encode them."""
 _MAX_ATTEMPTS = 3
 """Instances that a request is sent to if they are lost: it may be the cause."""
 
@@ -91,10 +80,9 @@ class Router:
             comeback,
             max_refusal_bytes=config.max_answer_bytes,
         )
-        self._fetcher = Fetcher(config.media, resolver=resolver)
         self._key_check = KeyCheck(fleet, upstream)
-        self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
-        self.encoders = Encoders(
+        self.images = RequestImages(
+            config,
             fleet,
             upstream,
             prober,
@@ -103,41 +91,20 @@ class Router:
             demand,
             self._places,
             comeback,
-            timeout_seconds=config.encode_timeout_seconds,
-            max_attempts=config.max_encode_attempts,
-            comeback_seconds=config.wait_for_instance_seconds,
-        )
-        self._stored_embeddings = StoredEmbeddings(
-            config.store,
-            fleet,
-            metrics,
-            is_at_encoder=self._placement.images.is_at_encoder,
-            timeout_seconds=config.store_timeout_seconds,
-        )
-        self._lost_embeddings = LostEmbeddings(
-            self.encoders,
-            self._stored_embeddings,
-            fleet,
-            self._places,
-            upstream,
-            metrics,
-            timeout_seconds=config.probe_timeout_seconds,
+            self._balancer,
+            resolver=resolver,
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
     async def close(self) -> None:
         await self._kv_releases.close()
-        await self._lost_embeddings.close()
-        await self._stored_embeddings.close()
-        await self.encoders.close()
+        await self.images.close()
         await self._places.close()
-        await self._fetcher.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
         has_media = bool(job.request.media)
-        await self._balancer.until_healthy(has_images=has_media and not self._stored_embeddings.is_set)
+        await self._balancer.until_healthy(has_images=has_media and not self.images.may_be_stored)
         await self._check(job)
         self._check_text(job)
         await self._answer(job, started)
@@ -154,17 +121,17 @@ class Router:
         """Have images encoded, if there are any, and the request answered, by one of ``avoid`` only if there is no other."""
         has_media = bool(job.request.media)
         job.trail.passed("ready")
-        items = await self._read_items(job) if has_media else []
+        items = await self.images.read(job) if has_media else []
         needs_encoder = has_media and job.path != COUNT_TOKENS_PATH
         if has_media:
-            if needs_encoder and self._stored_embeddings.is_set:
-                needs_encoder = await self._needs_encoder(items, job)
+            if needs_encoder and self.images.may_be_stored:
+                needs_encoder = await self.images.need_encoder(items, job)
                 job.trail.passed("store")
             job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
                 job.due = self._placement.due(job.work, time.monotonic())
-                await self._send_to_encoders(job, items)
+                await self.images.send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
             elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, avoid):
@@ -187,7 +154,7 @@ class Router:
             if job.path != RESPONSES_PATH:  # what isn't in the body as a URL has been written as one, beside it
                 job.exchange.hold(sum(len(part.url) for part in job.request.media))
             counts = job.path == COUNT_TOKENS_PATH
-            await self._balancer.until_healthy(has_images=not counts and not self._stored_embeddings.is_set)
+            await self._balancer.until_healthy(has_images=not counts and not self.images.may_be_stored)
             others = [one for one in self._fleet.healthy(*roles) if not one.takes_names_at(job.path)]
             await self._answer(job, started, self._send_back_as_it_is, others)
             return
@@ -197,7 +164,7 @@ class Router:
             roles = (Role.AGGREGATED,)
             if not any(one.serves_other_paths for one in self._fleet.healthy(*roles)):
                 raise media_refused(job.path)
-            await self._read_items(job)  # a bad one is refused here, as vLLM decodes without limits
+            await self.images.read(job)  # a bad one is refused here, as vLLM decodes without limits
         healthy = self._fleet.healthy(*roles)
         understands_none = [one for one in healthy if not one.serves_other_paths]
         if healthy and len(understands_none) == len(healthy):
@@ -223,97 +190,7 @@ class Router:
                 code=Code.CONTEXT_LENGTH_EXCEEDED,
             )
 
-    # ---- images --------------------------------------------------------------------------------------------------------
-
-    async def _read_items(self, job: Job) -> list[Item]:
-        """Return the request's images. Raises InvalidRequestError, OverloadedError, MediaError."""
-        count = len(job.request.media)
-        limit = min(self._config.max_items, self._fleet.max_items or self._config.max_items)
-        if count > limit:
-            raise InvalidRequestError(
-                f"The request has {count} images; the limit is {limit}.", param="messages", code=Code.TOO_MANY_IMAGES
-            )
-        try:
-            items, fetch_seconds, job.trail.fetches = await read_items(
-                job.request.media,
-                fetcher=self._fetcher,
-                executor=self._executor,
-                fingerprint=self._fleet.fingerprint,
-                salt=job.request.salt,
-                holder=job.exchange,
-            )
-        except MediaError:
-            self._metrics.items.labels("refused").inc()
-            raise
-        job.trail.passed("images")
-        if fetch_seconds is not None:
-            job.timing.fetch = fetch_seconds
-            self._metrics.fetch.observe(fetch_seconds)
-        return items
-
-    async def _needs_encoder(self, items: Sequence[Item], job: Job) -> bool:
-        """Return whether some images aren't in the shared cache, when there is an instance that can encode them.
-
-        While none is there, the cache is asked again. Raises OverloadedError if none is expected or it takes too long.
-        """
-        if await self._stored_embeddings.find(items, job):
-            return False
-        if self._fleet.lacking(has_images=True) is None:
-            return True
-        encoder = asyncio.ensure_future(self._balancer.until_healthy(has_images=True))
-        if await _is_so_before(encoder, lambda: self._stored_embeddings.find(items, job)):
-            return False
-        encoder.result()
-        return True
-
-    async def _send_to_encoders(
-        self, job: Job, items: list[Item], on_embedded: Callable[[], None] = lambda: None
-    ) -> None:
-        """Have the images encoded, and put placeholders for their embeddings into the body."""
-        if not items:
-            return
-        body = await job.request.with_parts_replaced([item.image_embeds_part() for item in items])
-        job.request.forget()
-        job.request.body = body
-        job.identifiers = job.trail.identifiers = [item.identifier for item in items]
-        if job.path == COUNT_TOKENS_PATH:  # which needs their sizes alone
-            items.clear()
-            return
-        job.encoding = asyncio.ensure_future(self._encode(tuple(items), job, on_embedded))
-        items.clear()  # kept by the task alone
-
-    async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> None:
-        """Have images encoded, and keep them until the answer has begun, in case embeddings are lost before."""
-        job.metadata.set_result(await self._metadata_of(items, job))
-        on_embedded()
-        await self._lost_embeddings.recover(items, job)
-
-    async def _metadata_of(self, items: Sequence[Item], job: Job) -> dict[str, bytes]:
-        """Have those images encoded that aren't in the shared cache; return the encoders' metadata (JSON) by identifier.
-
-        The cache is asked again while no encoder is left: one that has ended may have written what it had made.
-        """
-        while missing := [item for item in items if item.identifier not in job.published_at]:
-            if not self._stored_embeddings.is_set:
-                return await self.encoders.encode(missing, job)
-            encoding = asyncio.ensure_future(self.encoders.encode(missing, job))
-            names = frozenset(item.identifier for item in missing)
-            if not await _is_so_before(encoding, partial(self._can_only_be_stored, names, job)):
-                return encoding.result()
-        return {}
-
-    async def _can_only_be_stored(self, names: frozenset[str], job: Job) -> bool:
-        """Return whether nobody can encode these images, and the instance was told that some are in the shared cache."""
-        return self._fleet.lacking(has_images=True) is not None and bool(
-            await self._lost_embeddings.find_stored(names, job)
-        )
-
-    async def _watch_embeddings_again(self, job: Job) -> None:
-        """Watch over the embeddings of a prompt that is or may be computed again, if its images were freed before."""
-        if job.encoding is not None and job.embeddings_are_read:
-            await job.end_encoding()
-            job.embeddings_are_read = False
-            job.encoding = asyncio.ensure_future(self._lost_embeddings.recover((), job))
+    # ---- text ----------------------------------------------------------------------------------------------------------
 
     def _may_go_where_it_is_encoded(self, job: Job) -> bool:
         """Whether a request that has failed for want of encoders or PDs can be answered by an instance that encodes itself."""
@@ -324,8 +201,6 @@ class Router:
             and not (self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.PD))
         )
 
-    # ---- text ----------------------------------------------------------------------------------------------------------
-
     async def _hand_over(self, job: Job) -> None:
         """Send the request to prefill, and then to decode."""
         kind = VllmEngine if self._fleet.hands_over_by_vllm else ChiasmEngine
@@ -334,7 +209,7 @@ class Router:
             self._balancer,
             engine,
             max_prefills=self._config.max_prefill_attempts,
-            watch_embeddings=lambda: self._watch_embeddings_again(job),
+            watch_embeddings=lambda: self.images.watch_again(job),
             give_back=self._kv_releases.give_back,
         )
         await handover.run()
@@ -358,7 +233,7 @@ class Router:
                 await job.return_to_original()
                 items.clear()
             else:
-                await self._send_to_encoders(job, items, assignment.embedded)
+                await self.images.send_to_encoders(job, items, assignment.embedded)
             self._note_overhead(job, started, has_media)
             try:
                 await self._call(job, assignment, send_back)
@@ -436,18 +311,6 @@ class Router:
     def _note_overhead(self, job: Job, started: float, has_media: bool) -> None:
         job.timing.proxy = time.perf_counter() - started - (job.timing.fetch or 0.0)
         self._metrics.overhead_of("media" if has_media else "text").observe(job.timing.proxy)
-
-
-async def _is_so_before(task: asyncio.Future[Any], condition: Callable[[], Awaitable[bool]]) -> bool:
-    """Ask for ``condition`` again and again while the task runs; return whether it was true. The task has ended then."""
-    try:
-        while not (await asyncio.wait((task,), timeout=_ASK_AGAIN_SECONDS))[0]:
-            if await condition():
-                return True
-        return False
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def _original(job: Job, items: Sequence[Item]) -> Original:
