@@ -74,6 +74,12 @@ async def test_a_separate_encoder_gives_the_same_answer_as_an_aggregated_engine(
     assert len(answer.token_ids) == 8
 
 
+async def test_the_work_of_a_prompt_is_a_part_of_its_prefill(start: Start) -> None:
+    timing = (await start(Role.PD, max_num_batched_tokens=7).ask("a text that takes several steps")).last.timing
+    assert timing.prefill_seconds is not None
+    assert 0 < timing.prefill_work_seconds <= timing.prefill_seconds
+
+
 async def test_bfloat16_answers_are_equal_too(start: Start, encoders: StartEncoder) -> None:
     expected = await start(Role.AGGREGATED, dtype="bfloat16").ask(A, "and", B, "?")
     await encoders(dtype="bfloat16").encode(A, B)

@@ -181,3 +181,8 @@ def test_a_step_is_divided_among_its_prompts_by_their_rows(decodes: int) -> None
     step = Step(decodes=[ScheduledSequence(stream("s"), 1, 1, samples=True)] * decodes, prefills=parts)
     found = Device().fluency.prompt_seconds(step, decodes * DECODE + 40 * ROW)
     assert found == {"a": pytest.approx(10 * ROW), "b": pytest.approx(30 * ROW)}
+
+
+def test_several_answers_to_one_prompt_share_what_it_took() -> None:
+    parts = [ScheduledSequence(stream("a"), 0, rows, samples=True) for rows in (10, 1, 1)]
+    assert Device().fluency.prompt_seconds(Step(prefills=parts), 12 * ROW) == {"a": pytest.approx(12 * ROW)}

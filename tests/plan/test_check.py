@@ -123,6 +123,18 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
         read_measured(tmp_path / "results.json")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"good": 31}, {"good": -1}, {"requests": 0, "good": 0}, {"rate": 0.0}, {"rate": 1e999}]
+)
+def test_a_trial_that_cannot_be_is_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
+    path = results(tmp_path, 3.0)
+    written = json.loads(path.read_text())
+    written["measurements"]["goodput"]["trials"][0] |= wrong
+    path.write_text(json.dumps(written))
+    with pytest.raises(ConfigurationError, match="there is no such trial"):
+        read_measured(path)
+
+
 def test_gpus_are_not_compared_with_cores(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--devices cpu:N"):
         check(results(tmp_path, 3.0), SHAPE, cost_of, parse_devices("1xH100"), as_json=False)

@@ -9,6 +9,7 @@ steps take is measured, so what other programs and instances take from the devic
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from chiasm.engine.pace import Pace
@@ -72,8 +73,11 @@ class Fluency:
 
     def prompt_seconds(self, step: Step, seconds: float) -> dict[str, float]:
         """Return what each request's prompt took of a step of so many seconds, by request."""
-        per_row = self._of_prompts(step, seconds) / max(1, sum(part.num_tokens for part in step.prefills))
-        return {part.sequence.request_id: part.num_tokens * per_row for part in step.prefills}
+        rows: Counter[str] = Counter()
+        for part in step.prefills:
+            rows[part.sequence.request_id] += part.num_tokens
+        per_row = self._of_prompts(step, seconds) / max(1, rows.total())
+        return {name: number * per_row for name, number in rows.items()}
 
     def note(self, step: Step, seconds: float, now: float) -> None:
         """Learn from a step that took so many seconds until ``now``, and whose tokens are in the sequences."""

@@ -138,6 +138,11 @@ class RequestState:
         if self.load_started is not None and self.timing.kv_seconds is None:
             self.timing.kv_seconds = now - self.load_started
 
+    def note_prefill(self, seconds: float) -> None:
+        """Note what a step took for the rows of its prompt; what is computed again after the first token doesn't count."""
+        if self.timing.first_token_seconds is None:
+            self.timing.prefill_work_seconds += seconds
+
     def note_token(self, now: float) -> None:
         """Note that a token was sampled."""
         timing = self.timing

@@ -251,7 +251,7 @@ class StepLoop:
         if step.prefills:
             self._pace.note(step.num_rows, ended - started)
             for name, seconds in self._fluency.prompt_seconds(step, ended - started).items():
-                self.states[name].timing.prefill_work_seconds += seconds
+                self.states[name].note_prefill(seconds)
         else:
             self._decode_seconds, self._decoded_at = ended - started, ended
         self._fail_in(step, [(self.states[part.sequence.request_id], error) for part, error in result.failed])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from chiasm.plan.layouts import (
 from chiasm.plan.report import shown
 from chiasm.plan.search import Planner, Workload
 from chiasm.plan.shapes import ModelShape
+from chiasm.plan.simulation import MAX_REQUESTS
 from chiasm.plan.speed import Adjusted, Speed, speed_of
 
 TOLERANCE = 0.15
@@ -63,6 +65,12 @@ class MeasuredTrial:
     seed: int
     requests: int
     good: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate < math.inf and 0 <= self.good <= self.requests <= MAX_REQUESTS and self.requests):
+            raise ValueError(
+                f"there is no such trial: {self.good} of {self.requests} in time at {self.rate} per second"
+            )
 
     @property
     def trial(self) -> Trial:
