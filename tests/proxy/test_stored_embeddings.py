@@ -14,7 +14,7 @@ from aiohttp import web
 from chiasm.ec_transfer.stores import StoredEntry, StoreError, guard, open_store
 from chiasm.ec_transfer.stores.redis import RedisStore
 from chiasm.media import identifier
-from chiasm.proxy import routing, stored_embeddings
+from chiasm.proxy import request_images, stored_embeddings
 from chiasm.wire import ECPlace
 
 from ..store_server import StoreServer, running
@@ -67,7 +67,7 @@ def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
     monkeypatch.setattr(RedisStore, "exists_many", find)
     monkeypatch.setattr(guard, "_FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(routing, "_ASK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(request_images, "_ASK_AGAIN_SECONDS", 0.01)
 
 
 async def questions(front: Front, outcome: str) -> float:
