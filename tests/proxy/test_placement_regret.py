@@ -15,6 +15,7 @@ from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import Role
 
+from ..regret import regret
 from .placed_fleet import ENCODE, IMAGE_TOKENS, PER_TOKEN, PIXELS, add, costs, images, text
 
 TEMPLATE_TOKENS = 16
@@ -168,32 +169,21 @@ def mixed(count: int, seconds_between: float, seed: int) -> list[Work]:
     return requests
 
 
-def regret(seconds_between: float, seed: int) -> float:
-    """Return what requests lose in all, as a share of their first tokens where each goes to the PD that is best for it.
-
-    Each request is placed on every PD in turn, while those before it stay where they are. Those after it are left out: what
-    comes next can't be known.
-    """
+def regret_of(seconds_between: float, seed: int) -> float:
     pds, encoders = {"a": 1.0, "b": 1.0, "c": 2.0}, {"x": 1.0, "y": 2.0, "z": 0.5}
     warm_up, count = 30, 40
     requests = mixed(warm_up + count, seconds_between, seed)
     places = Simulation(pds, encoders).run(requests).places
-    lost = best = 0.0
-    for number in range(warm_up, warm_up + count):
-        outcomes = {
-            name: Simulation(pds, encoders, forced=dict(enumerate(places)) | {number: name})
-            .run(requests[: number + 1])
-            .first_tokens[number]
-            for name in pds
-        }
-        best += min(outcomes.values())
-        lost += outcomes[places[number]] - min(outcomes.values())
-    return lost / best
+
+    def first_tokens(count: int, forced: dict[int, str]) -> list[float]:
+        return Simulation(pds, encoders, forced=forced).run(requests[:count]).first_tokens
+
+    return regret(first_tokens, places, pds, warm_up=warm_up)
 
 
 def mean_regret(seconds_between: float) -> float:
     # The weights in placement.py were chosen with the seeds 7 and 8, so they aren't judged by them.
-    regrets = [regret(seconds_between, seed) for seed in (21, 22, 23, 24)]
+    regrets = [regret_of(seconds_between, seed) for seed in (21, 22, 23, 24)]
     return sum(regrets) / len(regrets)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from chiasm.bench.alone import Alone
-from chiasm.bench.goodput import Limits, Trial, Trials
+from chiasm.bench.goodput import Limits, Trial, Trials, in_time
 from chiasm.bench.goodput_outcome import Found, limits_in_words, tested_of
 from chiasm.bench.measurement import Figure, Outcome, Panel, Series
 from chiasm.bench.statistics import Estimate, bootstrap
@@ -61,7 +61,7 @@ def outcome_at(
 
 def _figures(name: str, trials: Sequence[Trial], seed: int) -> list[Figure]:
     """Return the share in time, and the CPU time per request in all and of each process if it is known."""
-    figures = [Figure.of(f"{name}, in time", bootstrap(trials, lambda some: 100 * _share(some), seed), "%")]
+    figures = [Figure.of(f"{name}, in time", bootstrap(trials, lambda some: 100 * in_time(some), seed), "%")]
     if all(trial.process_seconds for trial in trials):
         total = bootstrap(trials, lambda some: 1000 * _cpu_seconds(some), seed)
         figures.append(Figure.of(f"{name}, CPU time per request", total, "ms"))
@@ -70,10 +70,6 @@ def _figures(name: str, trials: Sequence[Trial], seed: int) -> list[Figure]:
             seconds = sum(trial.process_seconds.get(process, 0.0) for trial in trials) / sent
             figures.append(Figure(f"{name}, CPU time per request of {process}", 1000 * seconds, "ms"))
     return figures
-
-
-def _share(trials: Sequence[Trial]) -> float:
-    return sum(trial.good for trial in trials) / sum(len(trial.served) for trial in trials)
 
 
 def _cpu_seconds(trials: Sequence[Trial]) -> float:
@@ -88,7 +84,7 @@ def _compared(traffic: str, arms: Trials, seed: int) -> list[Figure]:
         pairs = _pairs(arms.of[other], arms.of[tested])
         if other == tested or not pairs:
             continue
-        if (shares := _ratio(pairs, _share, seed)) is not None:
+        if (shares := _ratio(pairs, in_time, seed)) is not None:
             figures.append(Figure.of(f"{traffic}: {tested} / {other}, in time", shares, "x"))
         known = all(trial.process_seconds for pair in pairs for trial in pair)
         if known and (costs := _ratio(pairs, _cpu_seconds, seed)) is not None:

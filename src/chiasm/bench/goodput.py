@@ -130,6 +130,11 @@ class Trial:
         }
 
 
+def in_time(trials: Sequence[Trial]) -> float:
+    """Return the share of the requests of all trials that met both limits."""
+    return sum(trial.good for trial in trials) / sum(len(trial.served) for trial in trials)
+
+
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share:.0f}": quantile(values, share / 100) for share in (50, 90, 99)} if values else {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.bench.alone import Alone, Unloaded, typical
-from chiasm.bench.goodput import Limits, Served, Trial, Trials, Verdict
+from chiasm.bench.goodput import Limits, Served, Trial, Trials, Verdict, in_time
 from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
 from chiasm.bench.traffic import MIXES
 from chiasm.errors import ConfigurationError
@@ -188,15 +188,9 @@ def compare(measured: Measured, shape: ModelShape, costs: CostModel, cpu: Cpu) -
             simulated.add(one.arm, planner.trial(arms[one.arm], arrivals, one.rate, one.seed))
         for name in names:
             if rate := found.rate(name):
-                number, measured_share = _in_time(found.of[name])
-                _, simulated_share = _in_time(simulated.of[name])
-                yield Compared(mix, name, number, measured_share, simulated_share, rate, simulated.rate(name))
-
-
-def _in_time(trials: Sequence[Trial]) -> tuple[int, float]:
-    """Return the number of requests, and the share that met both limits."""
-    number = sum(len(trial.served) for trial in trials)
-    return number, sum(trial.good for trial in trials) / number
+                requests = sum(trial.requests for trial in trials if trial.arm == name)
+                shares = in_time(found.of[name]), in_time(simulated.of[name])
+                yield Compared(mix, name, requests, *shares, rate, simulated.rate(name))
 
 
 def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:

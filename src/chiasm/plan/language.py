@@ -77,8 +77,6 @@ class PlannedStep:
     shape: StepShape
     load: tuple[str, ...] = ()
     """Requests whose KV may now come from the prefill instance."""
-    prefills: bool = False
-    """Whether it computes parts of prompts."""
     failed: tuple[str, ...] = ()
     """Requests about images that a decode instance has preempted, and cannot compute again."""
 
@@ -86,6 +84,11 @@ class PlannedStep:
     def runs(self) -> bool:
         """Whether there is anything to compute."""
         return self.shape.rows > 0
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it computes parts of prompts."""
+        return bool(self.step.prefills)
 
 
 class LanguageInstance:
@@ -171,7 +174,6 @@ class LanguageInstance:
             step,
             StepShape(rows, pairs, decode_keys),
             load=tuple(sequence.request_id for sequence in step.load),
-            prefills=bool(step.prefills),
             failed=tuple(failed),
         )
 

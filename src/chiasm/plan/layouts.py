@@ -51,6 +51,11 @@ class Place:
     number: int = 0
     """The GPU's place in --devices, counted from 0."""
 
+    @property
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cpu" if isinstance(self.device, Cpu) else "cuda"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -75,11 +80,6 @@ class Candidate:
     @property
     def on_gpus(self) -> bool:
         return isinstance(self.places[0].device, Gpu)
-
-    @property
-    def device_type(self) -> str:
-        """``cpu`` or ``cuda``."""
-        return "cuda" if self.on_gpus else "cpu"
 
     @property
     def num_devices(self) -> int:
@@ -271,7 +271,7 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         MIN_TEXT_BEFORE_ITEM,
     )
 
-    kind = "cpu" if isinstance(place.device, Cpu) else "cuda"
+    kind = place.device_type
     kv_bytes = room * KV_CACHE_SHARE[kind]
     if kind == "cpu":
         kv_bytes = min(kv_bytes, CPU_KV_CACHE_BYTES)

@@ -68,16 +68,17 @@ class Proxy:
         for index, planned in enumerate(candidate.instances):
             instance = self._fleet.add(f"http://{index}", planned.role)
             self._index[instance] = index
+            place = candidate.places[planned.place]
             health = Health(
                 role=planned.role,
                 model=shape.name,
                 fingerprint="plan",
                 ec_place=_place(index) if planned.role is Role.ENCODER else None,
                 kv_connector="plan" if planned.role in (Role.PREFILL, Role.DECODE) else None,
-                device=candidate.device_type,
-                cpus=[] if candidate.on_gpus else list(range(candidate.places[planned.place].cores)),
+                device=place.device_type,
+                cpus=[] if candidate.on_gpus else list(range(place.cores)),
                 device_id=f"place {planned.place}",
-                costs=reported(planned, shape, costs[planned.place], candidate.device_type),
+                costs=reported(planned, shape, costs[planned.place], place.device_type),
             )
             self._fleet.succeed(instance, health)
 

@@ -129,7 +129,7 @@ class Simulation:
             own = planned.role is Role.AGGREGATED
             server = _Server(planned, device, cost, Store(ENCODER_BYTES))
             if limits is not None:
-                known = reported(planned, self._shape, cost, candidate.device_type)
+                known = reported(planned, self._shape, cost, limits.device_type)
                 server.language = LanguageInstance(planned.role, limits, known)
                 if own:
                     server.store = Store(limits.encoder_cache_bytes)
