@@ -238,7 +238,7 @@ async def _block(content: aiohttp.StreamReader) -> bytes:
 async def until_idle(front: Front) -> None:
     """Return when the proxy holds, counts and does nothing."""
     service = front.service
-    encoders = service.router.images.encoders
+    encoders = service.router.encoders
     async with asyncio.timeout(60):
         while (
             encoders._flights

@@ -147,7 +147,7 @@ async def test_an_image_that_is_encoded_apart_has_its_stages(
     body = body_of(path, image_of(path, url), stream=stream)
     asking = asyncio.ensure_future(front.post(body, path, **{"X-Request-Id": "mine"}))
     await encoder.arrived.acquire()
-    while front.service.router.images.encoders._flights:  # until the proxy has the encoder's answer
+    while front.service.router.encoders._flights:  # until the proxy has the encoder's answer
         await front.get("/health")
     published.set()
     answer = await asking

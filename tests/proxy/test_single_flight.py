@@ -107,7 +107,7 @@ async def test_the_encoder_call_ends_when_all_clients_have_left(
     for request in requests:
         request.cancel()
     await asyncio.wait_for(encoder.gone.acquire(), 60)
-    assert not front.service.router.images.encoders._flights
+    assert not front.service.router.encoders._flights
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -141,7 +141,7 @@ async def test_an_encoder_that_fails_after_the_answer_costs_nothing(
     assert (await front.post(ask(image(image_bytes())))).status == 200
     gate.set()
     await until_idle(front)
-    assert not front.service.router.images.encoders._flights
+    assert not front.service.router.encoders._flights
     assert len(encoder.received) == 1
 
 
@@ -152,7 +152,7 @@ async def test_an_encoder_is_not_waited_for_long_after_the_answer(
     front = await start([encoder, FakeInstance("pd")])
     assert (await front.post(ask(image(image_bytes())))).status == 200
     await until_idle(front)
-    assert not front.service.router.images.encoders._flights
+    assert not front.service.router.encoders._flights
     if encoder.received:  # otherwise the call was cancelled before it was sent
         await asyncio.wait_for(encoder.gone.acquire(), 60)
 

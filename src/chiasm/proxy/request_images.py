@@ -15,7 +15,6 @@ from chiasm.media import Fetcher
 from chiasm.proxy.balancing import Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.job import Job
@@ -23,10 +22,8 @@ from chiasm.proxy.lost_embeddings import LostEmbeddings
 from chiasm.proxy.media import Item, read_items
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
-from chiasm.proxy.probe import Prober
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream
-from chiasm.proxy.waiting import Comeback
 from chiasm.wire import COUNT_TOKENS_PATH
 
 _MEDIA_THREADS = 2
@@ -42,13 +39,11 @@ class RequestImages:
         config: ProxyConfig,
         fleet: Fleet,
         upstream: Upstream,
-        prober: Prober,
         metrics: Metrics,
         queue: EncodeQueue,
-        demand: EncoderDemand,
         places: Places,
-        comeback: Comeback,
         balancer: Balancer,
+        encoders: Encoders,
         *,
         resolver: AbstractResolver | None,
     ) -> None:
@@ -56,21 +51,9 @@ class RequestImages:
         self._fleet = fleet
         self._metrics = metrics
         self._balancer = balancer
+        self._encoders = encoders
         self._fetcher = Fetcher(config.media, resolver=resolver)
         self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
-        self.encoders = Encoders(
-            fleet,
-            upstream,
-            prober,
-            metrics,
-            queue,
-            demand,
-            places,
-            comeback,
-            timeout_seconds=config.encode_timeout_seconds,
-            max_attempts=config.max_encode_attempts,
-            comeback_seconds=config.wait_for_instance_seconds,
-        )
         self._stored_embeddings = StoredEmbeddings(
             config.store,
             fleet,
@@ -79,7 +62,7 @@ class RequestImages:
             timeout_seconds=config.store_timeout_seconds,
         )
         self._lost_embeddings = LostEmbeddings(
-            self.encoders,
+            encoders,
             self._stored_embeddings,
             fleet,
             places,
@@ -91,7 +74,6 @@ class RequestImages:
     async def close(self) -> None:
         await self._lost_embeddings.close()
         await self._stored_embeddings.close()
-        await self.encoders.close()
         await self._fetcher.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -181,8 +163,8 @@ class RequestImages:
         """
         while missing := [item for item in items if item.identifier not in job.published_at]:
             if not self._stored_embeddings.is_set:
-                return await self.encoders.encode(missing, job)
-            encoding = asyncio.ensure_future(self.encoders.encode(missing, job))
+                return await self._encoders.encode(missing, job)
+            encoding = asyncio.ensure_future(self._encoders.encode(missing, job))
             names = frozenset(item.identifier for item in missing)
             if not await _is_so_before(encoding, partial(self._can_only_be_stored, names, job)):
                 return encoding.result()

@@ -19,6 +19,7 @@ from chiasm.proxy.agreement import WHOLE_ROLES
 from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoder_demand import EncoderDemand
+from chiasm.proxy.encoders import Encoders
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
@@ -81,8 +82,7 @@ class Router:
             max_refusal_bytes=config.max_answer_bytes,
         )
         self._key_check = KeyCheck(fleet, upstream)
-        self.images = RequestImages(
-            config,
+        self.encoders = Encoders(
             fleet,
             upstream,
             prober,
@@ -91,20 +91,33 @@ class Router:
             demand,
             self._places,
             comeback,
+            timeout_seconds=config.encode_timeout_seconds,
+            max_attempts=config.max_encode_attempts,
+            comeback_seconds=config.wait_for_instance_seconds,
+        )
+        self._images = RequestImages(
+            config,
+            fleet,
+            upstream,
+            metrics,
+            self._placement.images,
+            self._places,
             self._balancer,
+            self.encoders,
             resolver=resolver,
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)
 
     async def close(self) -> None:
         await self._kv_releases.close()
-        await self.images.close()
+        await self._images.close()
+        await self.encoders.close()
         await self._places.close()
 
     async def answer(self, job: Job, started: float) -> None:
         """Answer a request, whose body was there at ``started`` (``time.perf_counter``). Raises ChiasmError for the client."""
         has_media = bool(job.request.media)
-        await self._balancer.until_healthy(has_images=has_media and not self.images.may_be_stored)
+        await self._balancer.until_healthy(has_images=has_media and not self._images.may_be_stored)
         await self._check(job)
         self._check_text(job)
         await self._answer(job, started)
@@ -121,17 +134,17 @@ class Router:
         """Have images encoded, if there are any, and the request answered, by one of ``avoid`` only if there is no other."""
         has_media = bool(job.request.media)
         job.trail.passed("ready")
-        items = await self.images.read(job) if has_media else []
+        items = await self._images.read(job) if has_media else []
         needs_encoder = has_media and job.path != COUNT_TOKENS_PATH
         if has_media:
-            if needs_encoder and self.images.may_be_stored:
-                needs_encoder = await self.images.need_encoder(items, job)
+            if needs_encoder and self._images.may_be_stored:
+                needs_encoder = await self._images.need_encoder(items, job)
                 job.trail.passed("store")
             job.work = _work(job, items)
         try:
             if self._is_handed_over(job):
                 job.due = self._placement.due(job.work, time.monotonic())
-                await self.images.send_to_encoders(job, items)
+                await self._images.send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
             elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, avoid):
@@ -154,7 +167,7 @@ class Router:
             if job.path != RESPONSES_PATH:  # what isn't in the body as a URL has been written as one, beside it
                 job.exchange.hold(sum(len(part.url) for part in job.request.media))
             counts = job.path == COUNT_TOKENS_PATH
-            await self._balancer.until_healthy(has_images=not counts and not self.images.may_be_stored)
+            await self._balancer.until_healthy(has_images=not counts and not self._images.may_be_stored)
             others = [one for one in self._fleet.healthy(*roles) if not one.takes_names_at(job.path)]
             await self._answer(job, started, self._send_back_as_it_is, others)
             return
@@ -164,7 +177,7 @@ class Router:
             roles = (Role.AGGREGATED,)
             if not any(one.serves_other_paths for one in self._fleet.healthy(*roles)):
                 raise media_refused(job.path)
-            await self.images.read(job)  # a bad one is refused here, as vLLM decodes without limits
+            await self._images.read(job)  # a bad one is refused here, as vLLM decodes without limits
         healthy = self._fleet.healthy(*roles)
         understands_none = [one for one in healthy if not one.serves_other_paths]
         if healthy and len(understands_none) == len(healthy):
@@ -209,7 +222,7 @@ class Router:
             self._balancer,
             engine,
             max_prefills=self._config.max_prefill_attempts,
-            watch_embeddings=lambda: self.images.watch_again(job),
+            watch_embeddings=lambda: self._images.watch_again(job),
             give_back=self._kv_releases.give_back,
         )
         await handover.run()
@@ -233,7 +246,7 @@ class Router:
                 await job.return_to_original()
                 items.clear()
             else:
-                await self.images.send_to_encoders(job, items, assignment.embedded)
+                await self._images.send_to_encoders(job, items, assignment.embedded)
             self._note_overhead(job, started, has_media)
             try:
                 await self._call(job, assignment, send_back)
