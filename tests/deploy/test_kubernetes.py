@@ -21,6 +21,7 @@ from chiasm.launch.process import proxy_process
 from chiasm.launch.scaling import STEP_SECONDS
 from chiasm.proxy import ProxyConfig, create_app
 from chiasm.proxy.discovery.endpoint_slices import Endpoint, EndpointSlice, Metadata, Port, Reading, instances_of
+from chiasm.proxy.encoder_demand import DESIRED_METRIC
 from chiasm.wire import Role
 from tests.deploy.commands import check, served_paths, settings_of
 
@@ -77,6 +78,7 @@ _MORE = {
         "vllm": {"withoutTower": True},
         "autoscaling": {"kind": "cpu"},
     },
+    "by an external metric": {"autoscaling": {"kind": "external"}},
 }
 CHARTS = {name: objects_of(render(values)) for name, values in {**LAYOUTS, **_MORE}.items()}
 
@@ -131,6 +133,8 @@ def test_helm_finds_nothing_wrong() -> None:
     [
         ({"instances": {"pd": {"replicas": 0}}}, "Nothing answers"),
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl is needed"),
+        ({"autoscaling": {"kind": "external", "metric": {"name": ""}}}, "name"),
+        ({"apiKeySecret": "keys", "autoscaling": {"kind": "external"}}, "kind external needs /metrics"),
         ({"instances": {"pd": {"replica": 2}}}, "replica"),
         ({"modle": "demo"}, "modle"),
         ({"engine": "vllm"}, "vLLM needs a model"),
@@ -147,6 +151,19 @@ def test_helm_finds_nothing_wrong() -> None:
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], said: str) -> None:
     with pytest.raises(helm_python.HelmError, match=said):
         render(values)
+
+
+def test_an_external_metric_is_the_one_of_proxies_and_says_the_number_of_encoders_itself() -> None:
+    objects = CHARTS["by an external metric"]
+    (scaler,) = _of_kind(objects, "HorizontalPodAutoscaler")
+    (source,) = scaler["spec"]["metrics"]
+    assert source["external"] == {
+        "metric": {"name": DESIRED_METRIC, "selector": {"matchLabels": {"role": Role.ENCODER.value}}},
+        "target": {"type": "AverageValue", "averageValue": "1"},
+    }
+    assert scaler["spec"]["scaleTargetRef"]["name"] in {
+        one["metadata"]["name"] for one in _of_kind(objects, "Deployment")
+    }
 
 
 def test_keda_is_asked_with_the_query_that_is_given() -> None:
@@ -183,11 +200,15 @@ def test_all_proxies_together_keep_the_limits_of_keys(replicas: int, tmp_path: P
     assert proxy_process(check(proxy["args"], tmp_path)).proxy.proxies == replicas
 
 
-def test_the_calm_while_is_counted_once_by_the_proxy_with_keda_and_otherwise_by_kubernetes() -> None:
+def test_the_calm_while_is_counted_once_by_kubernetes_with_cpu_and_otherwise_by_the_proxy() -> None:
     wanted = {"prometheusUrl": "http://prometheus:9090", "calmSeconds": 200}
     (keda,) = _of_kind(objects_of(render({"autoscaling": {"kind": "keda"} | wanted})), "ScaledObject")
     behavior = keda["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert behavior["scaleDown"]["stabilizationWindowSeconds"] == STEP_SECONDS < ProxyConfig.scale_down_seconds
+    (external,) = _of_kind(
+        objects_of(render({"autoscaling": {"kind": "external"} | wanted})), "HorizontalPodAutoscaler"
+    )
+    assert external["spec"]["behavior"]["scaleDown"] == behavior["scaleDown"]
     (cpu,) = _of_kind(objects_of(render({"autoscaling": {"kind": "cpu"} | wanted})), "HorizontalPodAutoscaler")
     assert cpu["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 200
 

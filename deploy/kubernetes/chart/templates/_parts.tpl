@@ -85,3 +85,10 @@ securityContext:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
 {{- end }}
+
+{{- define "chiasm.scaleDown" -}}
+# The figure has had its calm while already. A proxy that was restarted has forgotten its load, and learns it in a minute.
+stabilizationWindowSeconds: 60
+policies:
+  - {type: Pods, value: 1, periodSeconds: 60}
+{{- end }}
