@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from chiasm.http.timing import read_timing
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import WAITS
 from chiasm.wire import AWAITED_PATH, LOST_PATH, Load
 
 from .processes import CALL_SECONDS, Server

@@ -38,7 +38,7 @@ from vllm.v1.worker.gpu.ec_connector import ActiveECConnector
 
 from chiasm.ec_transfer import ECTransferRole
 from chiasm.integrations.vllm import ec_connector
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import WAITS
 from tests.integrations.vllm.conftest import Encoder
 from tests.integrations.vllm.contract import (
     BLOCK_TOKENS,

@@ -18,7 +18,7 @@ from chiasm.bench import synthetic
 from chiasm.bench.checkpoints import HEADS_OF_64
 from chiasm.ec_transfer.stores.address import URL_VARIABLE
 from chiasm.http.timing import read_timing
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import WAITS
 from chiasm.media import identifier
 from chiasm.proxy.handover_engines import vllm_prefill_body
 from tests.store_server import StoreServer, running

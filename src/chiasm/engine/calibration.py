@@ -11,7 +11,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,7 +37,7 @@ _SIDES = (256, 512, 1024, 2048)
 _PROMPTS = (32, 128, 256)
 """Tokens of the prompts that are prefilled."""
 _STEPS = 4
-_ENOUGH_SECONDS = 0.25
+ENOUGH_SECONDS = 0.25
 """Larger work is not tried after work that took this long; it is taken to cost as much per token."""
 
 
@@ -63,25 +63,27 @@ def encode_seconds(costs: Costs | None, tokens: int) -> float:
     return largest.encode_seconds * tokens / max(1, largest.tokens)
 
 
-def image_costs(
-    processor: Processor, device: torch.device, encode: Callable[[Pixels], object] | None = None
-) -> list[ImageCost]:
-    """Return what images of some sizes cost; without ``encode``, which returns when it is done, only their tokens."""
+def image_tokens(processor: Processor) -> list[ImageCost]:
+    """Return the tokens of images of some sizes; what encoding them costs is left out."""
+    found = []
+    for side in _SIDES:
+        with suppress(InvalidRequestError):
+            tokens = len(processor.geometry_of_size(side, side).token_ids)
+            found.append(ImageCost(pixels=side * side, tokens=tokens))
+    return found
+
+
+def image_costs(processor: Processor, device: torch.device, encode: Callable[[Pixels], object]) -> list[ImageCost]:
+    """Return what images of some sizes cost; ``encode`` returns when an image is encoded."""
     found: list[ImageCost] = []
     measured: ImageCost | None = None
-    for side in _SIDES:
-        try:
-            tokens = len(processor.geometry_of_size(side, side).token_ids)
-        except InvalidRequestError:
-            continue
-        seconds = 0.0
-        if encode is not None:
-            if measured is None or (measured.encode_seconds < _ENOUGH_SECONDS and measured.tokens < tokens):
-                seconds = min(_encode_seconds(processor, device, encode, side) for _ in range(2))
-                measured = ImageCost(pixels=side * side, tokens=tokens, encode_seconds=seconds)
-            else:
-                seconds = measured.encode_seconds * tokens / max(1, measured.tokens)
-        found.append(ImageCost(pixels=side * side, tokens=tokens, encode_seconds=seconds))
+    for one in image_tokens(processor):
+        if measured is None or (measured.encode_seconds < ENOUGH_SECONDS and measured.tokens < one.tokens):
+            seconds = min(_encode_seconds(processor, device, encode, math.isqrt(one.pixels)) for _ in range(2))
+            measured = msgspec.structs.replace(one, encode_seconds=seconds)
+        else:
+            seconds = measured.encode_seconds * one.tokens / max(1, measured.tokens)
+        found.append(msgspec.structs.replace(one, encode_seconds=seconds))
     return found
 
 
@@ -106,12 +108,12 @@ def language_costs(processor: Processor, runner: ModelRunner, max_model_len: int
             break
         prefill, *steps = step_seconds(processor, runner, tokens)
         per_token, step = prefill / tokens, min(steps)
-        if prefill > _ENOUGH_SECONDS:
+        if prefill > ENOUGH_SECONDS:
             break
     costs = Costs(
         prefill_seconds_per_token=per_token,
         decode_step_seconds=step,
-        images=image_costs(processor, runner.language.device),
+        images=image_tokens(processor),
     )
     return msgspec.structs.replace(costs, beside_streams=slowdown_beside_streams(runner.language.device.type, costs))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from chiasm.engine.pace import Pace
+from chiasm.engine.pace import Pace, Undisturbed
 
 if TYPE_CHECKING:
     from chiasm.engine.sequence import Sequence
@@ -30,8 +30,6 @@ _MOST_BEHIND = 8
 """A stream counts as behind by at most the time of so many steps that only decode: a pause of the machine is soon forgotten."""
 _CHEAPEST_ROW = 1e-9
 """Seconds that a row takes at least. On a GPU a few more rows may make a step no longer."""
-_FASTER, _SLOWER = 0.5, 0.02
-"""Shares by which a step that only decodes corrects what such steps take undisturbed: most are disturbed."""
 
 
 def slowdown_beside_streams(device_type: str, costs: Costs) -> float:
@@ -55,7 +53,7 @@ class Fluency:
         if self._knows:
             rows = (_LONGEST_STEP - 1) * costs.decode_step_seconds / costs.prefill_seconds_per_token
             self._most = round(min(self._most, max(self._fewest, rows)))
-        self._undisturbed = 1.0
+        self._undisturbed = Undisturbed(1.0)
         """What steps that only decode take when nothing disturbs them, in what was expected at start: texts grow longer."""
         self._allowed = 0.0
         """How long all steps that decoded may have taken."""
@@ -86,8 +84,7 @@ class Fluency:
             if rows := step.num_rows - decodes:
                 self._row.note(rows, self._of_prompts(step, seconds))
             else:
-                ratio = self._undisturbed * min(2.0, seconds / self._alone(decodes))
-                self._undisturbed += (ratio - self._undisturbed) * (_FASTER if ratio < self._undisturbed else _SLOWER)
+                self._undisturbed.note(seconds / self._expected(decodes))
             self._allowed += _LONGEST_MEAN * self._alone(decodes)
         streams = [part.sequence for part in step.scheduled if part.samples and not part.sequence.finished]
         ahead = self._allowed - now
@@ -100,4 +97,8 @@ class Fluency:
 
     def _alone(self, decodes: int) -> float:
         """Return how long a step takes that only decodes so many sequences, if nothing disturbs it."""
-        return self._undisturbed * (self._step_seconds + (decodes - 1) * self._row.seconds_per_token)
+        return self._undisturbed.value * self._expected(decodes)
+
+    def _expected(self, decodes: int) -> float:
+        """Return the same as it was expected at start."""
+        return self._step_seconds + (decodes - 1) * self._row.seconds_per_token

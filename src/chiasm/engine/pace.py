@@ -1,4 +1,4 @@
-"""How much work a prompt is, and what a token of it costs an engine now."""
+"""How much work a prompt is, what a token of it costs an engine now, and what something takes when nothing disturbs it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ ITEM_WEIGHT = 2.0
 """Work of an item's token in tokens of text: it is encoded and prefilled."""
 _MEMORY = 0.9
 """Share of what was learned that a further step leaves."""
+_FASTER, _SLOWER = 0.5, 0.02
+"""Shares by which a measurement corrects what something takes undisturbed: most are disturbed."""
 _START_ROWS = 256.0
 """Rows that the measurement at start counts for."""
 
@@ -38,3 +40,16 @@ class Pace:
         """Learn from a step of so many rows, prefill and decode together."""
         self._seconds = _MEMORY * self._seconds + seconds
         self._rows = _MEMORY * self._rows + rows
+
+
+class Undisturbed:
+    """What something takes when nothing disturbs it, from measurements of which most are disturbed."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        """``value`` is where it begins; 0 if nothing is known before the first measurement."""
+        self.value = value
+
+    def note(self, value: float) -> None:
+        """Learn from a measurement. One that took longer counts little, and at most as twice what is known."""
+        known = self.value or value
+        self.value = known + (min(value, 2 * known) - known) * (_FASTER if value < known else _SLOWER)

@@ -217,7 +217,11 @@ async def test_health_describes_the_instance(store: Path, monkeypatch: pytest.Mo
     health = msgspec.json.decode(answer.body, type=Health)
     assert health.incarnation
     assert health.load is not None
-    assert msgspec.structs.replace(health, incarnation="", load=None) == Health(
+    assert health.costs is not None
+    assert [(one.pixels, one.tokens, one.encode_seconds) for one in health.costs.images] == [
+        (side * side, 16, 0.0) for side in (256, 512, 1024, 2048)
+    ]
+    assert msgspec.structs.replace(health, incarnation="", load=None, costs=None) == Health(
         role=Role.PD,
         model="demo",
         fingerprint=fingerprint(CHECKPOINT, "float32"),

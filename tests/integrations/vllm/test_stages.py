@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from chiasm.http.timing import TimingEntry, read_timing
 from chiasm.integrations.vllm import stages as stages_module
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import PREFILL_WORK, WAITS
 from chiasm.integrations.vllm.stages import Stages
 from chiasm.integrations.vllm.waits import Wait
 
@@ -186,9 +186,21 @@ async def test_waits_for_embeddings_are_no_part_of_queue_and_prefill() -> None:
     assert vllm.handed_out[0].ec_transfer_params == {"mine": 1}
 
 
-async def test_waits_never_reach_the_client() -> None:
+@pytest.mark.parametrize("headers", [STREAM, JSON])
+async def test_the_cost_of_a_prompt_is_told_with_its_tokens(headers: list[tuple[bytes, bytes]]) -> None:
+    vllm = VLLM(Clock(), [(5.0, output(2.0, 5.0, params={PREFILL_WORK: 1.5}))], TEXT, headers=headers)
+    entries = await answer(serve(vllm), vllm)
+    assert told(entries)["prefill_work"] == (1.5, None)
+    assert {"prompt_tokens", "cached_tokens"} <= {one.name for one in entries}
+
+
+async def test_what_the_engine_tells_never_reaches_the_client() -> None:
     """Not even of a request whose stages aren't told."""
-    vllm = VLLM(Clock(), [(2.0, output(1.0, 2.0, params={WAITS: []})) for _ in range(2)], generations=2)
+    vllm = VLLM(
+        Clock(),
+        [(2.0, output(1.0, 2.0, params={WAITS: [], PREFILL_WORK: 1.0})) for _ in range(2)],
+        generations=2,
+    )
     await answer(serve(vllm), vllm)
     assert [one.ec_transfer_params for one in vllm.handed_out] == [None] * 4
 

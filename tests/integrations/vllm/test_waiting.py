@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import ECTransferRole
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import WAITS
 from chiasm.integrations.vllm.scheduler import Reach
 
 from .conftest import Encoder

@@ -11,6 +11,7 @@ import pytest
 
 from chiasm.integrations.vllm.load import ToldLoad
 from chiasm.integrations.vllm.messages import LOAD_METHOD
+from chiasm.integrations.vllm.outputs import PREFILL_WORK
 from chiasm.integrations.vllm.work import EngineWork
 from chiasm.wire import Load
 
@@ -65,6 +66,15 @@ class Scheduler:
     @property
     def seconds(self) -> float:
         return self.work.load().outstanding_seconds
+
+    def tell(self, **finished: bool) -> dict[str, float]:
+        """Hand out an output for each of these requests; return the cost of its prompt for those that it is told of."""
+        outputs = [
+            SimpleNamespace(request_id=name, finished=is_last, ec_transfer_params=None)
+            for name, is_last in finished.items()
+        ]
+        self.work.prompts.tell([SimpleNamespace(outputs=outputs)])
+        return {one.request_id: one.ec_transfer_params[PREFILL_WORK] for one in outputs if one.ec_transfer_params}
 
 
 def test_prompts_that_wait_cost_what_a_token_cost_lately() -> None:
@@ -150,6 +160,73 @@ def test_steps_that_overlap_share_the_time() -> None:
 
 
 # ---- what the server tells ---------------------------------------------------------------------------------------------
+
+
+def with_prompts(*tokens: int) -> Scheduler:
+    """Return a scheduler that tells what prompts cost; its requests are called a, b, and so on."""
+    scheduler = Scheduler(None)
+    scheduler.work.prompts.is_wanted = True
+    for name, count in zip("abcdefgh", tokens, strict=False):
+        scheduler.add(request(of=name, tokens=count))
+    return scheduler
+
+
+def test_a_prompt_costs_what_its_steps_take_longer_than_decoding_whatever_runs_beside_it() -> None:
+    scheduler = with_prompts(101, 101, 101)
+    scheduler.step(1.0, a=101)
+    assert scheduler.tell(a=False) == {"a": pytest.approx(1.0)}
+    scheduler.step(0.25, a=1)
+    scheduler.step(1.25, a=1, b=101)
+    assert scheduler.tell(a=False, b=False) == {"b": pytest.approx(1.0)}
+    scheduler.step(0.75, a=1, b=1, c=50)
+    assert scheduler.tell(a=False, b=False) == {}
+    scheduler.step(0.75, a=1, b=1, c=51)
+    assert scheduler.tell(a=False, b=False, c=False) == {"c": pytest.approx(1.0)}
+
+
+def test_prompts_of_one_step_share_its_cost_by_their_rows() -> None:
+    scheduler = with_prompts(100, 300)
+    scheduler.step(4.0, a=100, b=300)
+    assert scheduler.tell(a=False, b=False) == {"a": pytest.approx(1.0), "b": pytest.approx(3.0)}
+
+
+def test_the_cost_of_a_prompt_is_told_with_the_first_output_and_with_the_last() -> None:
+    scheduler = with_prompts(100)
+    scheduler.step(1.0, a=100)
+    assert [scheduler.tell(a=is_last) for is_last in (False, False, True, True)] == [{"a": 1.0}, {}, {"a": 1.0}, {}]
+
+
+def test_a_prompt_that_is_computed_again_after_its_first_token_costs_no_more() -> None:
+    scheduler = with_prompts(100)
+    scheduler.step(1.0, a=100)
+    scheduler.requests["a"].num_computed_tokens = 0  # it was preempted
+    scheduler.step(5.0, a=100)
+    assert scheduler.tell(a=True) == {"a": 1.0}
+
+
+def test_the_slow_steps_of_a_busy_machine_hardly_change_what_decoding_takes() -> None:
+    scheduler = with_prompts(1000, 101)
+    scheduler.step(1.0, a=1000)
+    for seconds in (0.25, 20.0, 0.3, 0.25, 0.5):
+        scheduler.step(seconds, a=1)
+    scheduler.step(1.25, a=1, b=101)
+    assert scheduler.tell(b=False) == {"b": pytest.approx(1.0, rel=0.05)}
+
+
+def test_nothing_of_prompts_is_kept_until_it_is_asked_for_nor_of_requests_that_are_gone() -> None:
+    scheduler = Scheduler(None)
+    prompts = scheduler.work.prompts
+    scheduler.add(request(of="first", tokens=100))
+    scheduler.step(1.0, first=100)
+    assert scheduler.tell(first=True) == {}
+    prompts.is_wanted = True
+    for number in range(1000):
+        name = f"r{number}"
+        scheduler.requests.clear()
+        scheduler.add(request(of=name, tokens=100))
+        scheduler.step(1.0, **{name: 100 - number % 2})  # half of them leave before their first token
+    assert len(prompts._begun) + len(prompts._computed) + len(prompts._untold) < 200
+    assert scheduler.tell(r999=False) == {}
 
 
 class Engines:

@@ -40,9 +40,9 @@ from chiasm.fleet_key import read_fleet_key  # noqa: E402
 from chiasm.integrations.vllm.items import Layout  # noqa: E402
 from chiasm.integrations.vllm.messages import Exchange, StepMetadata, StepReport  # noqa: E402
 from chiasm.integrations.vllm.metrics import ChiasmECPromMetrics, ChiasmECStats  # noqa: E402
+from chiasm.integrations.vllm.outputs import WAITS, with_told  # noqa: E402
 from chiasm.integrations.vllm.scheduler import Reach, SchedulerHalf  # noqa: E402
 from chiasm.integrations.vllm.settings import Settings, fingerprint_of, store_url  # noqa: E402
-from chiasm.integrations.vllm.waits import with_waits  # noqa: E402
 from chiasm.integrations.vllm.worker import WorkerHalf  # noqa: E402
 
 ECConnectorMetadata.register(StepMetadata)
@@ -175,13 +175,13 @@ class ChiasmECConnector(ECConnectorBase):  # type: ignore[misc]
         """
         waits = self.scheduler_half.request_finished(request)
         if not self.is_producer:
-            return False, with_waits(None, waits)
+            return False, with_told(None, WAITS, waits) if waits else None
         items = {
             identifier: entry
             for identifier, entry in collect_ec_item_metadata(request.mm_features, self._fields).items()
             if self.scheduler_half.is_published(identifier)
         }
-        return False, with_waits(items or None, waits)
+        return False, with_told(items, WAITS, waits) if waits else items or None
 
     # ---- worker ---------------------------------------------------------------------------------------------------
 

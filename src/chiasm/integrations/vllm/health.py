@@ -15,6 +15,7 @@ from chiasm import __version__
 from chiasm.cores import allowed_cpus
 from chiasm.ec_transfer.bounded_folder import BoundedFolder
 from chiasm.ec_transfer.size_check import check_received_size
+from chiasm.engine.calibration import image_tokens
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import Exchange
@@ -22,7 +23,7 @@ from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.token_bytes import longest_token
-from chiasm.wire import IMAGE_PATHS, Health, Role
+from chiasm.wire import IMAGE_PATHS, Costs, Health, Role
 
 _logger = logging.getLogger(__name__)
 
@@ -66,10 +67,12 @@ class Description:
             return msgspec.structs.replace(self.health, message=f"{self.folder.path}: {error}")
 
 
-def describe(state: Any, exchanges: Collection[Exchange], *, resolves_stand_ins: bool) -> Description:
+def describe(state: Any, exchanges: Collection[Exchange], costs: Costs, *, resolves_stand_ins: bool) -> Description:
     """Describe the instance from the ``state`` of vLLM's application, and from what its engines say about their connectors.
 
-    ``resolves_stand_ins`` is whether vLLM's parser of chats takes names of images (``named_images.py``).
+    ``costs`` are what has been measured; the tokens of images are added. ``resolves_stand_ins`` says whether vLLM's parser of
+    chats takes names of images (``named_images.py``).
+
     Reads the checkpoint's files, so don't call it on an event loop. Raises ConfigurationError if the connector's settings are
     wrong, or if the embeddings of an encoder are in several places.
     """
@@ -105,6 +108,7 @@ def describe(state: Any, exchanges: Collection[Exchange], *, resolves_stand_ins:
         device=_device(config),
         threads=_threads(config),
         cpus=sorted(allowed_cpus()),
+        costs=_with_images(costs, known),
     )
     placeholder = known.placeholder if known is not None else ""
     limit = exchange.max_received_bytes
@@ -159,6 +163,12 @@ def _processor(model_config: Any) -> Processor | None:
     except (ConfigurationError, OSError) as error:
         _logger.warning("chiasm cannot size the images of this model, so the proxy waits for encoders: %s", error)
         return None
+
+
+def _with_images(costs: Costs, known: Processor | None) -> Costs | None:
+    """Return the costs with the tokens of images, whose encoding isn't measured; None if nothing is known."""
+    images = image_tokens(known) if known is not None else []
+    return msgspec.structs.replace(costs, images=images) if images or costs != Costs() else None
 
 
 def _fingerprint(model_config: Any, settings: Settings | None) -> str:

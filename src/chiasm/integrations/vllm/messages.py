@@ -32,8 +32,8 @@ UNFETCHED_METHOD = "chiasm_unfetched_embeddings"
 """The method by which it asks how many embeddings others have yet to fetch."""
 WAITS_METHOD = "chiasm_tell_waits"
 """The method by which it asks the engine to tell with its outputs how long requests have waited for embeddings."""
-WAITS = "chiasm_waits"
-"""Where an output tells that, in its ``ec_transfer_params``."""
+TELL_WORK_METHOD = "chiasm_tell_work"
+"""The method by which it asks the engine to tell with its outputs what computing prompts has cost."""
 
 
 class Exchange(msgspec.Struct, frozen=True):

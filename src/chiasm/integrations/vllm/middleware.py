@@ -30,6 +30,7 @@ from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion, other_for_vllm
+from chiasm.integrations.vllm.calibration import measure_costs
 from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings, lost_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
@@ -51,6 +52,7 @@ from chiasm.wire import (
     OTHER_PATHS,
     PLACES_PATH,
     AwaitedEmbeddings,
+    Costs,
     DrainState,
     Health,
 )
@@ -144,9 +146,10 @@ class ChiasmMiddleware:
 
     async def _describe(self, state: Any) -> Description:
         answers = await ask_engines(state, PLACE_METHOD) if asks_engines(state.vllm_config) else []
-        await self._stages.ask_for_waits(state)
+        await self._stages.ask_engines(state)
+        costs = await measure_costs(state) if self._stages.are_of_answers else Costs()
         exchanges = [msgspec.json.decode(answer, type=Exchange) for answer in answers]
-        return await asyncio.to_thread(describe, state, exchanges, resolves_stand_ins=resolve_stand_ins())
+        return await asyncio.to_thread(describe, state, exchanges, costs, resolves_stand_ins=resolve_stand_ins())
 
     async def _placeholder(self, scope: Scope) -> str:
         """Return the word that stands for an image, or "" if it isn't known."""

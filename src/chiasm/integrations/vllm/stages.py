@@ -4,7 +4,7 @@ vLLM keeps for each request when its engine began to compute it and when the fir
 the outputs of ``generate``, through which every answer comes; of a model that pools, with those of ``encode``. The outputs are
 watched on their way. The head of an answer is held back until the first bytes that the application sends after the first
 output, and says then what is known; so is what a stream of responses has before. The engine adds how long the request waited
-for embeddings (``waits.py``).
+for embeddings (``waits.py``) and what its prompt has cost (``prompt_work.py``).
 
 The clocks of server and engine aren't compared: the first token is the instant that both know.
 """
@@ -23,10 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.http.timing import TimingEntry, write_timing
 from chiasm.integrations.vllm.engines import ask_engines
-from chiasm.integrations.vllm.messages import WAITS_METHOD
+from chiasm.integrations.vllm.messages import TELL_WORK_METHOD, WAITS_METHOD
+from chiasm.integrations.vllm.outputs import PREFILL_WORK, WAITS, take_told
 from chiasm.integrations.vllm.pooling_times import keep_times
 from chiasm.integrations.vllm.settings import settings_of
-from chiasm.integrations.vllm.waits import Wait, take_waits
+from chiasm.integrations.vllm.waits import Wait
 
 _logger = logging.getLogger(__name__)
 _MAX_IMAGES = 64
@@ -47,6 +48,8 @@ class Stages:
         self._encodes = False
         self._computes_prompts = True
         self.are_told = False
+        self.are_of_answers = False
+        """Whether they are told of answers that the engine generates."""
 
     def watch(self, state: Any) -> None:
         """Watch the engine of vLLM's application with this ``state``, which is about to start."""
@@ -56,7 +59,8 @@ class Stages:
             self._give_up(_UNKNOWN)
             return
         config = state.vllm_config
-        if getattr(config.model_config, "runner_type", "") == "pooling" and not keep_times():
+        pools = getattr(config.model_config, "runner_type", "") == "pooling"
+        if pools and not keep_times():
             self._give_up(_UNKNOWN)
             return
         transfer = config.ec_transfer_config
@@ -72,15 +76,22 @@ class Stages:
 
         client.generate, client.encode = generating, pooling
         self.are_told = True
+        self.are_of_answers = self._computes_prompts and not pools
 
-    async def ask_for_waits(self, state: Any) -> None:
-        """Ask the engines to tell for what requests wait."""
-        if not self.are_told or settings_of(state.vllm_config) is None:
+    async def ask_engines(self, state: Any) -> None:
+        """Ask the engines to tell what prompts cost, and how long requests wait for embeddings."""
+        if not self.are_told:
             return
+        if self._computes_prompts:
+            await self._ask(state, TELL_WORK_METHOD, "what computing a prompt costs. Is chiasm among VLLM_PLUGINS?")
+        if settings_of(state.vllm_config) is not None:
+            await self._ask(state, WAITS_METHOD, "how long requests wait for embeddings.")
+
+    async def _ask(self, state: Any, method: str, what: str) -> None:
         try:
-            await ask_engines(state, WAITS_METHOD)
-        except Exception as error:  # vLLM's own; without waits, the other stages are told all the same
-            _logger.warning("This instance doesn't tell proxies how long requests wait for embeddings: %r", error)
+            await ask_engines(state, method)
+        except Exception as error:  # vLLM's own; the other stages are told all the same
+            _logger.warning("This instance doesn't tell proxies %s (%r)", what, error)
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the application answer a request, and tell its stages."""
@@ -111,17 +122,18 @@ class Stages:
             request.hand_over()
         async with aclosing(outputs):
             async for output in outputs:
-                waits = take_waits(output)
+                told = take_told(output)
                 if request is not None:
                     try:
-                        request.note(output, waits)
+                        waits = [Wait(*wait) for wait in told.get(WAITS, ())]
+                        request.note(output, waits, told.get(PREFILL_WORK))
                     except Exception as error:  # of what another version of vLLM has in another way
                         self._give_up(repr(error))
                     request = None
                 yield output
 
     def _give_up(self, reason: str) -> None:
-        self.are_told = False
+        self.are_told = self.are_of_answers = False
         _logger.warning("This instance doesn't tell proxies where the time of its requests goes: %s", reason)
 
 
@@ -162,8 +174,8 @@ class RequestStages:
         """Note that the engine gets the request."""
         self._handed_over = self._handed_over or self._now()
 
-    def note(self, output: Any, waits: Sequence[Wait]) -> None:
-        """Note the first output of a prompt, which may be the last as well."""
+    def note(self, output: Any, waits: Sequence[Wait], prefill_work: float | None = None) -> None:
+        """Note the first output of a prompt, which may be the last as well, and what its engine tells of it."""
         self._has_output = True
         times = output.metrics
         if self._entries or not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
@@ -186,6 +198,8 @@ class RequestStages:
         if self._generations == 1 and not self._gets_kv and not (self._has_items and self._encodes):
             self._entries.append(TimingEntry("prompt_tokens", description=str(len(output.prompt_token_ids))))
             self._entries.append(TimingEntry("cached_tokens", description=str(output.num_cached_tokens or 0)))
+            if prefill_work is not None:
+                self._entries.append(TimingEntry("prefill_work", prefill_work))
 
     def _of_images(self, output: Any, began: float, ended: float) -> list[TimingEntry]:
         """Return the stages of an encoder: vLLM prepares all images of a call before its engine encodes them."""

@@ -1,8 +1,7 @@
 """How long requests have waited for embeddings, as the engine tells vLLM's HTTP server.
 
-A request's waits go with its first output and with its last, under a name of their own in ``ec_transfer_params``: a stream is
-told at the first, a whole answer has only the last. The server (``stages.py``) takes them out again, and until it has asked
-for them, nothing is noted.
+A request's waits go with its first output and with its last (``outputs.py``): a stream is told at the first, a whole answer has
+only the last. Until the server has asked for them, nothing is noted.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from chiasm.integrations.vllm.messages import WAITS
+from chiasm.integrations.vllm.outputs import WAITS, with_told
 
 _MAX_WAITS = 16
 """Of a request, that are told."""
@@ -62,24 +61,11 @@ class Waits:
             for output in of_client.outputs:
                 if output.request_id in self._untold:
                     self._untold.discard(output.request_id)
-                    output.ec_transfer_params = with_waits(output.ec_transfer_params, self._ended[output.request_id])
+                    waits = self._ended[output.request_id]
+                    output.ec_transfer_params = with_told(output.ec_transfer_params, WAITS, waits)
 
     def finish(self, request_id: str) -> list[Wait]:
         """Forget a request, and return its waits."""
         self._begun.pop(request_id, None)
         self._untold.discard(request_id)
         return self._ended.pop(request_id, [])
-
-
-def with_waits(params: dict[str, Any] | None, waits: list[Wait]) -> dict[str, Any] | None:
-    """Return the ``ec_transfer_params`` of an output that tells these waits."""
-    return {**(params or {}), WAITS: waits} if waits else params
-
-
-def take_waits(output: Any) -> list[Wait]:
-    """Take the waits out of an output (vLLM's ``RequestOutput``); return none if it tells none."""
-    params = getattr(output, "ec_transfer_params", None)
-    if not params or WAITS not in params:
-        return []
-    output.ec_transfer_params = {name: value for name, value in params.items() if name != WAITS} or None
-    return [Wait(*wait) for wait in params[WAITS]]

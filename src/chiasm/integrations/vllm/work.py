@@ -1,7 +1,8 @@
-"""What one of vLLM's engines has to do, counted beside its scheduler as the built-in engine counts it.
+"""What one of vLLM's engines has to do and what its steps cost, counted beside its scheduler as the built-in engine counts it.
 
-That is the work which has not been done, priced by what work has cost lately. The scheduler knows both: how much of each prompt
-is computed and which images are encoded, and when a step begins and ends.
+What it has to do is the work which has not been done, priced by what work has cost lately. The scheduler knows both: how much
+of each prompt is computed and which images are encoded, and when a step begins and ends. ``prompt_work.py`` divides what a step
+costs among its requests.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import msgspec
 
 from chiasm.engine.pace import Pace
 from chiasm.integrations.vllm import check_version
-from chiasm.integrations.vllm.messages import LOAD_METHOD
+from chiasm.integrations.vllm.messages import LOAD_METHOD, TELL_WORK_METHOD
+from chiasm.integrations.vllm.prompt_work import PromptWork
 from chiasm.wire import Load
 
 _MAX_STEPS = 64
@@ -27,7 +29,7 @@ _ATTRIBUTE = "chiasm_work"
 
 @functools.cache
 def watch() -> None:
-    """Have each scheduler that this process makes count its work, and its engine tell it to vLLM's HTTP server.
+    """Have each scheduler that this process makes count its work, and its engine tell it to vLLM's HTTP server when asked.
 
     Raises ConfigurationError for a version of vLLM whose scheduler isn't known.
     """
@@ -46,10 +48,17 @@ def watch() -> None:
 
     @functools.wraps(update)
     def watched_update(scheduler: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
-        work_of(scheduler).end(step)
-        return update(scheduler, step, *args, **kwargs)
+        work = work_of(scheduler)
+        work.end(step)
+        outputs = update(scheduler, step, *args, **kwargs)
+        work.prompts.tell(outputs.values())
+        return outputs
+
+    def tell_work(engine: Any) -> None:
+        work_of(engine.scheduler).prompts.is_wanted = True
 
     Scheduler.schedule, Scheduler.update_from_output = watched_schedule, watched_update
+    setattr(EngineCore, TELL_WORK_METHOD, tell_work)
     setattr(EngineCore, LOAD_METHOD, lambda engine: msgspec.json.encode(work_of(engine.scheduler).load()).decode())
 
 
@@ -72,6 +81,12 @@ class _Step:
     """Tokens of prompts that it computes, and rows of images that it encodes; vLLM counts them as done already."""
     rows: int
     """All that it computes."""
+    decodes: int
+    """Requests whose prompts were computed before."""
+    prompts: dict[str, int]
+    """Rows of each prompt and its images, by request."""
+    computed: list[str]
+    """Requests whose prompts are computed with it."""
 
 
 class EngineWork:
@@ -84,21 +99,31 @@ class EngineWork:
         self._computes_prompts = ec_config is None or ec_config.is_ec_consumer
         self._clock = clock
         self._pace = Pace()
+        self.prompts = PromptWork()
         self._steps: deque[_Step] = deque(maxlen=_MAX_STEPS)
         self._ended_at = 0.0
 
     def begin(self, step: Any) -> None:
         """Note that a step (vLLM's ``SchedulerOutput``) has been planned."""
         rows = prompt_rows = image_rows = 0
+        prompts: dict[str, int] = {}
+        computed: list[str] = []
         if self._computes_prompts:
             rows = step.total_num_scheduled_tokens
             drafts = sum(map(len, step.scheduled_spec_decode_tokens.values()))
             # A running answer has one row, and one for each token of a draft.
             prompt_rows = max(0, rows - drafts - len(step.num_scheduled_tokens))
+            if prompt_rows:
+                prompts, computed = self._prompts_in(step)
         for request_id, indices in step.scheduled_encoder_inputs.items():
             request = self._scheduler.requests[request_id]
-            image_rows += sum(request.mm_features[index].mm_position.get_num_embeds() for index in indices)
-        self._steps.append(_Step(step, self._clock(), prompt_rows + image_rows, rows + image_rows))
+            encoded = sum(request.mm_features[index].mm_position.get_num_embeds() for index in indices)
+            image_rows += encoded
+            prompts[request_id] = prompts.get(request_id, 0) + encoded
+        decodes = len(step.num_scheduled_tokens.keys() - prompts.keys()) if self._computes_prompts else 0
+        self._steps.append(
+            _Step(step, self._clock(), prompt_rows + image_rows, rows + image_rows, decodes, prompts, computed)
+        )
 
     def end(self, step: Any) -> None:
         """Note that a step has been computed. Steps may overlap, and end in the order in which they began."""
@@ -106,10 +131,29 @@ class EngineWork:
         while self._steps:
             ended = self._steps.popleft()
             if ended.step is step:
+                seconds = now - max(ended.began, self._ended_at)
                 if ended.work:
-                    self._pace.note(ended.rows, now - max(ended.began, self._ended_at))
+                    self._pace.note(ended.rows, seconds)
+                self.prompts.note(ended.prompts, ended.decodes, seconds, ended.computed)
                 break
         self._ended_at = now
+        self.prompts.forget_others(self._scheduler.requests)
+
+    def _prompts_in(self, step: Any) -> tuple[dict[str, int], list[str]]:
+        """Return the rows of each prompt in a step, and the requests whose prompts are computed with it.
+
+        vLLM has added the step to the computed tokens of its requests.
+        """
+        prompts: dict[str, int] = {}
+        computed: list[str] = []
+        for request_id, count in step.num_scheduled_tokens.items():
+            request = self._scheduler.requests[request_id]
+            left = request.num_prompt_tokens - (request.num_computed_tokens - count)
+            if left > 0:
+                prompts[request_id] = min(count, left)
+                if count >= left:
+                    computed.append(request_id)
+        return prompts, computed
 
     def load(self) -> Load:
         """Return what there is to do. Called between two steps."""
