@@ -8,10 +8,10 @@ import pytest
 from aiohttp import web
 
 from chiasm.http.timing import TimingEntry, write_timing
-from chiasm.wire import Costs, ImageCost
+from chiasm.wire import CHAT_PATH, Costs, ImageCost
 
 from .conftest import Front, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat, event, whole
+from .instances import MODEL, VLLM, FakeInstance, Received, chat, event, whole
 
 PER_TOKEN = 0.001
 ENCODE = 0.5
@@ -98,3 +98,62 @@ async def test_they_are_learned_of_decode_instances_too(start: Start) -> None:
     await front.post(ask("x"), **{"X-Request-Id": "one"})
     await front.record("one")
     assert STEP < await learned_step(front, "decode") < 2 * STEP
+
+
+TOKENS = 1000
+TEXT_BYTES = 40_000
+MESSAGES = {"model": MODEL, "messages": [{"role": "user", "content": "x" * TEXT_BYTES}]}
+
+
+def answering(*told: TimingEntry, until: asyncio.Event | None = None) -> FakeInstance:
+    """Return a PD of vLLM that tells this with each answer; a stream goes on after its first event when ``until`` is set."""
+
+    async def answer(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        timing = {"Server-Timing": write_timing(told)}
+        if not received.json.get("stream"):
+            return web.json_response(whole("a cat", "stop"), headers=timing)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"} | timing)
+        await response.prepare(request)
+        await response.write(event("a cat"))
+        if until is not None:
+            await until.wait()
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    pd = FakeInstance("pd", engine=VLLM["engine"], costs=Costs(prefill_seconds_per_token=PER_TOKEN))
+    pd.answer = answer
+    return pd
+
+
+async def learned_prefill(front: Front) -> float:
+    (one,) = (await front.get("/health")).json["instances"]
+    return float(one["costs"]["prefill_seconds_per_token"])
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", CHAT_PATH])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_prompt_costs_is_learned_on_every_path(start: Start, path: str, stream: bool) -> None:
+    tokens = [TimingEntry("prompt_tokens", description=str(TOKENS)), TimingEntry("cached_tokens", description="0")]
+    front = await start([answering(TimingEntry("prefill_work", 2 * TOKENS * PER_TOKEN), *tokens)])
+    await front.post(MESSAGES | {"stream": stream}, path, **{"X-Request-Id": "one"})
+    await front.record("one")
+    assert PER_TOKEN < await learned_prefill(front) < 2 * PER_TOKEN
+
+
+async def test_nothing_is_learned_of_a_path_whose_answer_tells_of_no_prompt(start: Start) -> None:
+    front = await start([answering(TimingEntry("ttft", TTFT))])
+    await front.post(MESSAGES, "/tokenize", **{"X-Request-Id": "one"})
+    await front.record("one")
+    assert await learned_prefill(front) == PER_TOKEN
+    assert (await ratios(front, "first_token"))[0] == 0
+
+
+async def test_a_stream_of_another_path_that_has_begun_is_no_prompt_that_others_wait_for(start: Start) -> None:
+    may_end = asyncio.Event()
+    pd = answering(until=may_end)
+    front = await start([pd])
+    async with front.session.post(f"{front.url}/v1/messages", json=MESSAGES | {"stream": True}) as response:
+        await response.content.readany()
+        await front.post(ask("x"), **{"X-Request-Id": "two"})
+        may_end.set()
+    assert (await front.record("two"))["stages"]["estimate"] < TEXT_BYTES / 10 * PER_TOKEN

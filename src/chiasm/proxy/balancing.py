@@ -90,15 +90,15 @@ class Assignment:
         self.instance, self._cost = instance, cost
         return True
 
-    def note_answer(self, timing: Sequence[TimingEntry], *, is_whole: bool = False) -> None:
+    def note_answer(self, timing: Sequence[TimingEntry], *, is_whole: bool = False, is_understood: bool = True) -> None:
         """Note that the instance's first token has come; with ``is_whole`` together with all others.
 
-        ``timing`` is the ``Server-Timing`` of the instance.
+        ``timing`` is the ``Server-Timing`` of the instance. An answer that isn't ``is_understood`` may not be one to a prompt.
         """
         if (step_seconds := duration_of(timing, "step")) is not None:
             self.instance.costs.learn_step(step_seconds, time.monotonic())
         if self._record is not None:
-            self._record.note_answer(timing, is_whole=is_whole)
+            self._record.note_answer(timing, is_whole=is_whole, is_understood=is_understood)
 
     def embedded(self) -> None:
         """Note that all embeddings of the request have been published."""

@@ -39,10 +39,16 @@ class PlacementRecord:
             if published_at is not None and 0 < estimate < _LONGEST_ESTIMATE_SECONDS:
                 self._metrics.estimate_ratio_of("embedding").observe((published_at - self._decided_at) / estimate)
 
-    def note_answer(self, entries: Sequence[TimingEntry], *, is_whole: bool) -> None:
-        """Note that the first token has come, and learn from what the instance reports."""
+    def note_answer(self, entries: Sequence[TimingEntry], *, is_whole: bool, is_understood: bool = True) -> None:
+        """Note that the first token has come, and learn from what the instance reports.
+
+        Of an answer that isn't ``is_understood``, only what the instance tells of a prompt counts.
+        """
         now = time.monotonic()
         told = {one.name: one for one in reversed(entries)}
+        if not is_understood and "prompt_tokens" not in told:
+            self._placement.first_token(self._placed, now)
+            return
         seconds = _duration(told, "ttft") if is_whole else now - self._decided_at
         self._placement.first_token(
             self._placed,

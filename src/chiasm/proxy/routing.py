@@ -296,12 +296,15 @@ class Router:
         await job.send_stream(call, first, next_chunk)
 
     async def _send_back_as_it_is(self, job: Job, call: Call, assignment: Assignment) -> None:
-        """Send a response that isn't understood. Nothing is learned from it: it may have cost what no prompt costs."""
+        """Send a response that isn't understood, so that only the instance can say whether it cost what a prompt costs."""
         if not call.is_stream:
-            await job.send_response(await job.unless_encoding_fails(call.read(self._config.max_answer_bytes)))
+            response = await job.unless_encoding_fails(call.read(self._config.max_answer_bytes))
+            assignment.note_answer(call.timing, is_whole=True, is_understood=False)
+            await job.send_response(response)
             return
         next_chunk = job.chunks_unless_encoding_fails(call)
         first = await (call.chunk() if job.encoding is None else begin_answer(next_chunk))
+        assignment.note_answer(call.timing, is_understood=False)
         job.request.forget()
         job.note_embeddings_read()
         await job.send_stream_as_it_is(call, first, next_chunk)
