@@ -273,12 +273,13 @@ def test_a_step_copies_to_the_host_once_and_once_more_for_log_probabilities() ->
     assert copies_of_a_step([*every, {"logprobs": 5}, {"temperature": 0, "logprobs": 0}]) == 2
 
 
-def test_greedy_rows_take_one_operator() -> None:
-    inputs = [inputs_of(SamplingParams(temperature=0), [1, 2], [3]) for _ in range(16)]
+@pytest.mark.parametrize(("logprobs", "most"), [(None, 1), (0, 38)])
+def test_greedy_rows_take_few_operators(logprobs: int | None, most: int) -> None:
+    inputs = [inputs_of(SamplingParams(temperature=0, logprobs=logprobs), [1, 2], [3]) for _ in range(16)]
     logits = torch.randn(16, 3000)
     with Operators() as operators:
         sample(logits, inputs)
-    assert operators.count == 1
+    assert operators.count == most
 
 
 def test_changes_made_anew_are_those_that_grew_with_the_answer() -> None:

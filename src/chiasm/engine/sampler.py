@@ -74,10 +74,18 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
     The candidates come to the host in one copy, where tokens are drawn. Another follows if top-p needs unusually many
     candidates, and one if log probabilities are wanted; they are those of the logits as they were.
     """
-    if all(_takes_the_best(one) for one in inputs):
-        return [Sampled(token_id, None) for token_id in candidates.best(logits)]
     report = _Report.of(logits, inputs)
-    _change(logits, inputs)
+    if all(_takes_the_best(one) for one in inputs):
+        token_ids = candidates.best(logits)
+    else:
+        _change(logits, inputs)
+        token_ids = _drawn(logits, inputs)
+    logprobs = report.read(token_ids)
+    return [_sampled(one, token_ids[row], logprobs.get(row)) for row, one in enumerate(inputs)]
+
+
+def _drawn(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[int]:
+    """Return the token of each row by its sampling parameters."""
     draws = _Draws(logits, inputs)
     token_ids = [0] * len(inputs)
     groups = draws.first()
@@ -95,16 +103,14 @@ def sample(logits: Tensor, inputs: AbstractSequence[SamplingInput]) -> list[Samp
             if doubtful:
                 more.append(draws.larger(group, doubtful))
         groups = more
-    logprobs = report.read(token_ids)
-    return [_sampled(one, token_ids[row], logprobs.get(row)) for row, one in enumerate(inputs)]
+    return token_ids
 
 
 def _takes_the_best(one: SamplingInput) -> bool:
-    """Whether the token is the one with the largest logit of the model, and nothing else is wanted."""
+    """Whether the token is the one with the largest logit of the model."""
     params = one.params
     return (
         params.greedy
-        and params.logprobs is None
         and one.allowed is None
         and one.changes.changes_nothing
         and not one.changes.is_early(one.num_output)
