@@ -18,8 +18,6 @@ from chiasm.wire import Role
 
 PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
-PROBE_INTERVAL_SECONDS = 0.25
-"""Interval of the proxy's probes, so short that it notices quickly when an instance of this machine comes or goes."""
 _MPS_PRIORITY, _MPS_BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
 _OF_EC = ("ec_receive_bytes", "ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
@@ -103,7 +101,6 @@ def plan_proxy(
     settings: dict[str, Any] = {
         "host": address.host,
         "port": address.port,
-        "probe_interval_seconds": PROBE_INTERVAL_SECONDS,
         "cpus": config.proxy_cpus,
         "admin_key": config.admin_key,
         "admin_key_file": config.admin_key_file,
