@@ -810,6 +810,27 @@ def test_prompts_whose_images_are_far_off_do_not_take_blocks_from_each_other_in_
     driver.run()
 
 
+def test_a_prompt_with_more_images_than_there_is_room_for_and_text_do_not_take_blocks_from_each_other_in_turn() -> None:
+    driver = Driver(budget=7, blocks=6, block_size=4, cache_rows=12, max_finished=1)
+    for salt in ("", "other"):
+        driver.add(prompt(("a", 10), ("b", 4), ("c", 3), 1), max_tokens=1, salt=salt)
+    driver.add(prompt(("b", 4), ("c", 3), ("d", 6), 1), max_tokens=1)
+    driver.add(prompt(16), max_tokens=1)
+    driver.run(limit=60)
+    assert driver.nothing_is_left()
+
+
+def test_text_gets_the_blocks_that_it_lacks_from_a_prompt_with_more_images_than_there_is_room_for() -> None:
+    driver = Driver(max_prefill=5, blocks=3, block_size=8, cache_rows=4)
+    driver.stored = {"a", "b", "c"}
+    text = driver.add(prompt(9), max_tokens=1, due=2, salt="text")
+    driver.step()
+    images = driver.add(prompt(11, ("a", 3), ("b", 3), ("c", 4), 1), max_tokens=1, due=1)
+    driver.run_until(lambda: text.finished, limit=10)
+    assert not images.finished
+    driver.run()
+
+
 # ---- preemption ---------------------------------------------------------------------------------------------------------
 
 

@@ -231,6 +231,17 @@ class LateItems:
             return True
         return self.runnable_end(sequence, self._of(sequence).start, sequence.num_tokens) == sequence.num_tokens
 
+    def exceeds_cache(self, sequence: Sequence) -> bool:
+        """Return whether the rest of the prompt needs more embeddings than can be in memory at once.
+
+        Then it has to wait on its way, since some can be loaded or made only after it has passed others.
+        """
+        if not sequence.items or sequence.prompt_computed or sequence.num_remote:
+            return False
+        rest = sequence.items_between(self._of(sequence).start, sequence.num_prompt)
+        needed = {item.identifier: self.entry_bytes(item) for item in rest}
+        return sum(needed.values()) > self._encoder_cache.capacity_bytes
+
     def note_stalled(self, sequence: Sequence) -> None:
         """Note that a sequence that waits to run can't be admitted because an embedding is missing.
 

@@ -18,12 +18,21 @@ class Preemption:
         self._recomputes_items = recomputes_items
 
     def victim(self, sequence: Sequence, running: AbstractSequence[Sequence], step: Step) -> Sequence | None:
-        """Return whom to preempt: one that gives way because it waits, else the last that comes after ``sequence``."""
+        """Return whom to preempt: one that gives way because it waits, else the last that comes after ``sequence``.
+
+        One that is sure to wait for room in the encoder cache takes nothing from one that can run to its end, which would take
+        it back meanwhile, and so on without end. It gives that one its blocks, if nobody else can.
+        """
         waiting = self.waiting_victim(sequence, running, step)
         if waiting is not None or self._items.will_stall(sequence):
             return waiting
         others = self._preemptible(sequence, running, step)
-        return next((other for other in others if other.order > sequence.order), None)
+        later = [other for other in others if other.order > sequence.order]
+        if self._items.exceeds_cache(sequence):
+            later = [other for other in later if not self._items.can_finish(other)]
+        elif self._items.can_finish(sequence):
+            later += [other for other in others if self._items.exceeds_cache(other)]
+        return next(iter(later), None)
 
     def waiting_victim(self, sequence: Sequence, running: AbstractSequence[Sequence], step: Step) -> Sequence | None:
         """Return the last that waits for an embedding: of all, if ``sequence`` can run to its end, else of those after it.
