@@ -51,6 +51,17 @@ def test_the_prompt_is_not_repeated(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, " there", prompt="hello")[0]) == " there"
 
 
+def test_a_prompt_that_ends_with_a_replacement_character_is_not_repeated(tokenizer: Tokenizer) -> None:
+    assert "".join(run(tokenizer, " there", prompt="hello \N{REPLACEMENT CHARACTER}")[0]) == " there"
+
+
+def test_a_prompt_of_tokens_that_ends_within_a_character_is_not_repeated(tokenizer: Tokenizer) -> None:
+    *prompt_token_ids, last_byte = tokenizer.encode("hello \N{SNOWMAN}").ids
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), prompt_token_ids)
+    pieces = [detokenizer.add(token_id).text for token_id in [last_byte, *tokenizer.encode(" there").ids]]
+    assert "".join(pieces) == "\N{REPLACEMENT CHARACTER} there"
+
+
 def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "one STOP two", stop=("STOP",))
     assert "".join(pieces) == "one "

@@ -31,7 +31,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         # The last tokens of the prompt decide whether the first of the answer begins with a space.
-        self._stream = DecodeStream(prompt_token_ids[-8:], skip_special_tokens=params.skip_special_tokens)
+        before = _whole(tokenizer, prompt_token_ids[-8:], skip_special_tokens=params.skip_special_tokens)
+        self._stream = DecodeStream(before, skip_special_tokens=params.skip_special_tokens)
         self._held: list[int] = []
         """Tokens since the last that completed a character."""
         self._tokenizer = tokenizer
@@ -91,6 +92,15 @@ class Detokenizer:
     def _take(self, length: int, stop: str | None) -> TextStep:
         text, self._pending = self._pending[:length], self._pending[length:]
         return TextStep(text, stop)
+
+
+def _whole(tokenizer: Tokenizer, token_ids: list[int], *, skip_special_tokens: bool) -> list[int]:
+    """Return the first of these tokens, without those at the end that complete no character: after them, a stream would give
+    out the text of all."""
+    count = len(token_ids)
+    while tokenizer.decode(token_ids[:count], skip_special_tokens=skip_special_tokens).endswith(_BROKEN):
+        count -= 1
+    return token_ids[:count]
 
 
 class _Addition(NamedTuple):
