@@ -120,6 +120,14 @@ def test_without_a_template_there_is_no_chat(templated: Callable[..., Processor]
     assert processor.build_text("Hello").token_ids
 
 
+def test_a_plain_prompt_has_the_special_tokens_of_the_tokenizer_unless_told_otherwise(
+    checkpoint: Callable[[str], Loaded],
+) -> None:
+    processor = checkpoint("llava").processor
+    assert _decode(processor, processor.build_text("Hello").token_ids) == "<s>Hello"
+    assert _decode(processor, processor.build_text("<s>Hello", add_special_tokens=False).token_ids) == "<s>Hello"
+
+
 @pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json", "tokenizer_config.json"])
 def test_templates_are_found_where_older_checkpoints_keep_them(
     checkpoint: Callable[[str], Loaded], tmp_path: Path, file: str

@@ -64,6 +64,8 @@ class ByteProcessor(Processor):
         self.tool_format = HERMES
         self.default_sampling = {"temperature": 0.5, "top_k": 7}
         self.rendered: list[tuple[list[Message], dict[str, Any]]] = []
+        self.texts: list[tuple[str, bool]] = []
+        """Plain prompts, and whether they got special tokens of the tokenizer's."""
 
     def build_chat(
         self,
@@ -100,9 +102,10 @@ class ByteProcessor(Processor):
                     token_ids += geometry.token_ids
         return Prompt(token_ids, placed)
 
-    def build_text(self, text: str) -> Prompt:
+    def build_text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         if PLACEHOLDER in text:
             raise InvalidRequestError("the prompt holds a placeholder", param="prompt")
+        self.texts.append((text, add_special_tokens))
         return Prompt(self.tokenizer.encode(text).ids)
 
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
@@ -156,6 +159,7 @@ class FakeEngine(Engine):
         self.healthy = True
         self.store_error: Exception | None = None
         self.processor.rendered.clear()
+        self.processor.texts.clear()
         self.started: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Ids of requests that began."""
         self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()

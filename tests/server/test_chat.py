@@ -262,6 +262,10 @@ def test_unsupported_fields_without_effect_are_accepted(pd: Served) -> None:
         "response_format": {"type": "text"},
         "functions": None,
         "echo": False,
+        "add_special_tokens": False,
+        "best_of": 1,
+        "length_penalty": 0,
+        "suffix": "",
     }
     assert post(pd.chat, {"messages": HI, **body}).status == 200
 
@@ -273,6 +277,9 @@ def test_unsupported_fields_without_effect_are_accepted(pd: Served) -> None:
         {"use_beam_search": True},
         {"chat_template": "{{ x }}"},
         {"prompt_logprobs": 1},
+        {"prompt_logprobs": 0},
+        {"thinking_token_budget": 0},
+        {"add_special_tokens": True},
     ],
 )
 def test_fields_that_would_change_the_answer_are_refused(pd: Served, fields: dict[str, Any]) -> None:

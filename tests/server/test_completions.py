@@ -69,6 +69,12 @@ def test_token_ids_are_not_tokenized(pd: Served) -> None:
     assert [request.prompt.token_ids for request in pd.engine.requests] == [[5, 6], [7], [8, 9]]
 
 
+def test_the_tokenizer_adds_its_special_tokens_unless_told_otherwise(pd: Served) -> None:
+    for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+        assert post(pd.completions, {"prompt": "Say it", **fields}).status == 200
+    assert pd.engine.processor.texts == [("Say it", True), ("Say it", True), ("Say it", False)]
+
+
 def test_streams_text_and_usage(pd: Served) -> None:
     stream = pd.client.completions.create(
         model="bytes", prompt="x", stream=True, stream_options={"include_usage": True}
@@ -112,6 +118,7 @@ def test_a_malformed_prompt_is_refused(pd: Served, prompt: Any) -> None:
         {"echo": True},
         {"suffix": "x"},
         {"best_of": 3},
+        {"prompt_logprobs": 0},
         {"max_tokens": 0},
         {"max_tokens": 513},
         {"logprobs": 21},

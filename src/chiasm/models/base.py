@@ -131,9 +131,9 @@ class Processor(ABC):
         """
 
     @abstractmethod
-    def build_text(self, text: str) -> Prompt:
+    def build_text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         """Tokenize a plain prompt (``/v1/completions``), in which special words are special tokens, except for the placeholder
-        of images, which is text."""
+        of images, which is text. With ``add_special_tokens``, the tokenizer adds those of its own, such as BOS."""
 
     @abstractmethod
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:

@@ -65,9 +65,9 @@ class TransformersProcessor(Processor):
         has_bos = self._bos is not None and text.startswith(self._bos)
         return self._with_items(self._encode(text, add_special_tokens=not has_bos, reveal=reveal), items)
 
-    def build_text(self, text: str) -> Prompt:
+    def build_text(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
         keep = {self.placeholder} if self.placeholder in text else ()
-        return self.build_tokens(self._encode(text, add_special_tokens=True, keep=keep))
+        return self.build_tokens(self._encode(text, add_special_tokens=add_special_tokens, keep=keep))
 
     def build_tokens(self, token_ids: Sequence[int]) -> Prompt:
         if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):

@@ -91,7 +91,7 @@ async def completions(context: ServerContext, exchange: Exchange) -> None:
     context.check_model(request.model)
     part = _part(exchange, engine, request, num_prompts=len(given))
     grammar = await grammar_of(context, exchange, engine, request)
-    prompts = [await completion_prompt(context, exchange, engine, prompt) for prompt in given]
+    prompts = [await completion_prompt(context, exchange, engine, request, prompt) for prompt in given]
     requests = _engine_requests(context, exchange, engine, request, part, prompts, grammar)
     await _answer(context, exchange, engine, CompletionFormat, request, part, requests)
 

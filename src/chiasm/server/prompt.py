@@ -17,7 +17,7 @@ from chiasm.models.base import ItemGeometry, Message, Prompt
 from chiasm.models.token_bytes import longest_token
 from chiasm.server.context import GeneratingEngine, ServerContext
 from chiasm.server.json_schema import check_depth
-from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest
+from chiasm.server.protocol import CallInMessage, ChatMessage, ChatRequest, CompletionRequest, unsupported
 from chiasm.wire import UNREADABLE
 
 _INLINE_BYTES = 8 << 10
@@ -62,6 +62,8 @@ async def chat_prompt(
 
     Raises InvalidRequestError, DeadlineExceededError.
     """
+    if request.add_special_tokens:
+        raise unsupported("add_special_tokens")
     continue_final = bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
         raise InvalidRequestError(
@@ -162,9 +164,13 @@ def given_prompts(request: CompletionRequest, *, max_prompts: int) -> list[str |
 
 
 async def completion_prompt(
-    context: ServerContext, exchange: Exchange, engine: GeneratingEngine, given: str | list[int]
+    context: ServerContext,
+    exchange: Exchange,
+    engine: GeneratingEngine,
+    request: CompletionRequest,
+    given: str | list[int],
 ) -> Prompt:
-    """Return one prompt of a text completion. Raises InvalidRequestError, DeadlineExceededError."""
+    """Return one of the prompts of a text completion. Raises InvalidRequestError, DeadlineExceededError."""
 
     def build() -> Prompt:
         if not isinstance(given, str):
@@ -172,7 +178,7 @@ async def completion_prompt(
                 raise _too_long(str(len(given)), engine.max_model_len, "prompt")
             return engine.processor.build_tokens(given)
         _check_length(engine, len(given), "prompt")
-        return engine.processor.build_text(given)
+        return engine.processor.build_text(given, add_special_tokens=request.add_special_tokens is not False)
 
     return _checked(engine, await _built(context, exchange, build), "prompt")
 

@@ -31,7 +31,6 @@ class StreamOptions(msgspec.Struct):
 class Unsupported(msgspec.Struct):
     """Fields that would change the answer and are not supported."""
 
-    add_special_tokens: Any = None
     allowed_token_ids: Any = None
     audio: Any = None
     bad_words: Any = None
@@ -65,14 +64,13 @@ class Unsupported(msgspec.Struct):
 
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (False,),
     "best_of": (1,),
     "function_call": ("none", "auto"),
-    "length_penalty": (1.0,),
+    "length_penalty": (0.0, 1.0),
     "modalities": (["text"],),
     "spaces_between_special_tokens": (True,),
 }
-"""Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false and empty values."""
+"""Values of ``Unsupported`` fields that change nothing and are accepted, as are null, false, and what is empty."""
 
 
 _INSTEAD = {
@@ -119,6 +117,8 @@ class GenerationFields(Unsupported, kw_only=True):
     """Fields of both chat and text completions; None if the client left them out."""
 
     model: str | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds those of its own to a text, such as BOS. In chats the template writes them."""
     max_tokens: Integer | None = None
     min_tokens: Integer | None = None
     n: Integer | None = None
@@ -230,12 +230,17 @@ def decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
 def _refuse_unsupported(request: Unsupported) -> None:
     for name in Unsupported.__struct_fields__:
         value = getattr(request, name)
-        if value and value not in _WITHOUT_EFFECT.get(name, ()):
-            instead = f"send {_INSTEAD[name]} in its place" if name in _INSTEAD else "leave it out"
-            raise InvalidRequestError(
-                f"{name} is not supported by the built-in engine; {instead}, or serve the model with --engine vllm.",
-                param=name,
-            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)  # 0 is one, too
+        if (value or is_number) and value not in _WITHOUT_EFFECT.get(name, ()):
+            raise unsupported(name)
+
+
+def unsupported(name: str) -> InvalidRequestError:
+    """Return the error for a field that would change the answer and is not supported."""
+    instead = f"send {_INSTEAD[name]} in its place" if name in _INSTEAD else "leave it out"
+    return InvalidRequestError(
+        f"{name} is not supported by the built-in engine; {instead}, or serve the model with --engine vllm.", param=name
+    )
 
 
 # ---- responses -------------------------------------------------------------------------------------------------------
