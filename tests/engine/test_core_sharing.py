@@ -316,6 +316,16 @@ def test_a_thread_that_showed_itself_long_ago_does_not_count(share: CoreShare, m
     assert share.part_of(0, time.monotonic_ns()) == 4
 
 
+def test_what_was_shown_before_the_machine_has_started_does_not_count(tmp_path: Path) -> None:
+    clock_before = time.monotonic_ns() + 3600 * 10**9
+    earlier = CoreShare(tmp_path / "cores", 4)
+    for slot in (1, 2):
+        earlier.show(slot, clock_before)
+    assert earlier.part_of(1, clock_before) == 2
+    with CoreShare(tmp_path / "cores", 4).worker().computing():
+        assert torch.get_num_threads() == 4
+
+
 def test_more_threads_than_there_are_slots_are_refused(share: CoreShare) -> None:
     for _ in range(SLOTS):
         share.worker()

@@ -248,6 +248,12 @@ class TestPrefillOfSeveralChoices:
 
 
 class TestDecode:
+    @pytest.mark.parametrize("seed", [-(1 << 63), (1 << 63) - 1])
+    def test_takes_every_seed_that_a_request_may_have(self, prefill: Served, decode: Served, seed: int) -> None:
+        handle = handle_of(post(prefill.chat, hi(seed=seed, kv_transfer_params=CONTINUES)))
+        assert handle["seed"] == seed
+        assert post(decode.chat, hi(seed=seed, kv_transfer_params=HANDLE | {"seed": seed})).status == 200
+
     def test_continues_from_a_handle(self, decode: Served) -> None:
         reply = post(decode.chat, hi(kv_transfer_params=HANDLE | {"output_token_ids": letters("H"), "unknown": 1}))
         assert reply.json["choices"][0]["message"]["content"] == "Hello"

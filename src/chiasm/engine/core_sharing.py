@@ -93,6 +93,16 @@ class CoreShare:
             raise ConfigurationError(
                 f"The file {path}, in which instances share cores, cannot be opened: {error}."
             ) from error
+        self._forget_earlier_start()
+
+    def _forget_earlier_start(self) -> None:
+        """Forget what was shown before the machine has last started, since when its clock counts: it is as if yet to come."""
+        now = time.monotonic_ns()
+        for place, value in enumerate(self._memory.tolist()[:SLOTS]):
+            if value >> 3 > now:
+                self._memory[place] = 0
+        if self._memory[_LEAST_AT] > now:
+            self._memory[_LEAST_AT] = 0
 
     def worker(self, *, encodes: bool = False) -> Worker:
         """Return a slot for one compute thread, which encodes images or runs a language model.

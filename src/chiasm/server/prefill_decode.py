@@ -20,7 +20,6 @@ from chiasm.wire import KVTransferParams, Role
 
 _PARAM = "kv_transfer_params"
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
-_MAX_SEED = (1 << 63) - 1
 _MAX_CREATED = 1 << 53
 """Up to here JavaScript represents every integer."""
 
@@ -184,10 +183,6 @@ def _check_handle(handle: KVTransferParams, *, is_single: bool) -> None:
     """Raise InvalidRequestError for what no prompt can have."""
     if handle.created is not None and not 0 <= handle.created < _MAX_CREATED:
         raise InvalidRequestError(f"{_PARAM}: created must be a Unix time, got {handle.created}.", param=_PARAM)
-    if handle.seed is not None and not -_MAX_SEED <= handle.seed <= _MAX_SEED:
-        raise InvalidRequestError(
-            f"{_PARAM}: seed must be between {-_MAX_SEED} and {_MAX_SEED}, got {handle.seed}.", param=_PARAM
-        )
     if handle.output_token_ids and not is_single:
         raise InvalidRequestError(
             f"{_PARAM}: output_token_ids must be empty, because an answer of several choices cannot be resumed.",
