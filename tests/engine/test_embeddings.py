@@ -50,16 +50,16 @@ class Store(ECConnector):
 class Waiting:
     """Requests that wait for an image each, beside a stream of text."""
 
-    def __init__(self, count: int, *, cache_rows: int = 4096) -> None:
+    def __init__(self, count: int, *, cache_rows: int = 4096, max_num_seqs: int = 300, text_tokens: int = 1000) -> None:
         self.driver = Driver(
-            max_queued=300, blocks=2000, max_num_seqs=300, min_text_before_item=8, cache_rows=cache_rows
+            max_queued=300, blocks=2000, max_num_seqs=max_num_seqs, min_text_before_item=8, cache_rows=cache_rows
         )
         self.store = Store()
         self.embeddings = Embeddings(self.driver.scheduler, entry_width=1, connectors=(self.store, self.store))
         self.states: dict[str, RequestState] = {}
         for number in range(count):
             self.add(f"image {number}", due=float(number))
-        self.driver.add(prompt(3), max_tokens=1000, due=-1.0)
+        self.driver.add(prompt(3), max_tokens=text_tokens, due=-1.0)
         for _ in range(5):
             self.step()
         self.store.asked.clear()
@@ -201,6 +201,16 @@ def test_an_arrival_without_room_is_asked_for_again_when_there_may_be_some() -> 
     waiting.steps_until_nothing_is_new()
     assert held.finished
     assert [sequence.finished for sequence in waiting.driver.sequences[:3]] == [False, True, False]
+
+
+def test_an_arrival_that_nobody_takes_because_others_that_wait_have_all_is_asked_for_afterwards() -> None:
+    waiting = Waiting(2, max_num_seqs=1, text_tokens=8)
+    waiting.arrive("image 0")
+    waiting.arrive("image 1")
+    waiting.step()
+    assert waiting.embeddings.entries.keys() == {"image 0"}
+    waiting.steps_until_nothing_is_new()
+    assert all(sequence.finished for sequence in waiting.driver.sequences)
 
 
 def test_what_was_noted_for_a_step_that_failed_is_not_loaded_later() -> None:

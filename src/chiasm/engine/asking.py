@@ -14,7 +14,7 @@ class Asking:
 
     def __init__(self) -> None:
         self._absent: dict[str, None] = {}
-        """What the last round asked for in vain, in order; without what has been loaded or has arrived unneeded since."""
+        """What the last round asked for in vain, in order; without what has been loaded or has arrived since."""
         self._arrived: set[str] = set()
         self._asks_all = False
 
@@ -39,9 +39,12 @@ class Asking:
         arrived, self._arrived = self._arrived, set()
         asks_all, self._asks_all = self._asks_all, False
         names = dict.fromkeys(needed)
-        for identifier in arrived - names.keys():  # when it is needed again, there is something new to ask for
+        knew = [name for name in self._absent if name in names]
+        for (
+            identifier
+        ) in arrived:  # if it isn't asked for now, there is something new to ask for when it is needed again
             self._absent.pop(identifier, None)
-        if asks_all or list(names) != [name for name in self._absent if name in names]:
+        if asks_all or list(names) != knew:
             self._absent.clear()
             return None
         return arrived & names.keys()
