@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from chiasm.ec_transfer import ECConnector, ECConnectorMetadata, ECConnectorRole, ECTransferConfig, RequestLike
@@ -210,6 +212,25 @@ def test_an_arrival_that_nobody_takes_because_others_that_wait_have_all_is_asked
     waiting.step()
     assert waiting.embeddings.entries.keys() == {"image 0"}
     waiting.steps_until_nothing_is_new()
+    assert all(sequence.finished for sequence in waiting.driver.sequences)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_request_ends_when_its_image_has_come_in_any_order_of_events(seed: int) -> None:
+    chance = random.Random(seed)
+    waiting = Waiting(0, max_num_seqs=chance.randint(1, 3), text_tokens=20)
+    for number in range(60):
+        match chance.choice(["come", "arrive", "step"]):
+            case "come":
+                waiting.add(f"image {chance.randrange(6)}", due=float(number % 7))
+            case "arrive":
+                waiting.arrive(f"image {chance.randrange(6)}")
+            case "step":
+                waiting.step()
+    for number in range(6):
+        waiting.arrive(f"image {number}")
+    for _ in range(200):
+        waiting.step()
     assert all(sequence.finished for sequence in waiting.driver.sequences)
 
 
