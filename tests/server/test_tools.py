@@ -170,6 +170,25 @@ def test_text_before_a_call_is_the_content(pd: Served) -> None:
     assert json.loads("".join(pieces))["colour"] == "red"
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(WRITTEN.partition("red")[0], "stop"), (WRITTEN.removesuffix(HERMES.closing), "tool_calls")],
+    ids=["within its arguments", "behind its arguments"],
+)
+def test_an_answer_ends_with_its_calls_only_if_no_stop_string_cuts_off_the_last(
+    pd: Served, text: str, reason: str
+) -> None:
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        yield pd.engine.output(request, text, finish_reason="stop")
+
+    pd.engine.script = script
+    choice = post(pd.chat, {"messages": HI, "tools": TOOLS}).json["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "draw"
+    assert choice["finish_reason"] == reason
+    events = post(pd.chat, {"messages": HI, "tools": TOOLS, "stream": True}).events[:-1]
+    assert events[-1]["choices"][0]["finish_reason"] == reason
+
+
 def test_what_looks_like_a_call_is_text_without_tools(pd: Served) -> None:
     async def script(request: GenerateRequest) -> AsyncIterator[Output]:
         yield pd.engine.output(request, WRITTEN, finish_reason="stop")

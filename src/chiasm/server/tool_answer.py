@@ -43,7 +43,7 @@ class ToolChatFormat(ChatFormat):
         result = super().choice(index, choice)
         if calls:
             result.message = AssistantMessage("".join(content) or None, tool_calls=calls)
-            result.finish_reason = _reason(result.finish_reason)
+            result.finish_reason = _reason(result.finish_reason, parser)
         else:
             result.message = AssistantMessage("".join(content))
         return result
@@ -72,7 +72,7 @@ class ToolChatFormat(ChatFormat):
     def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
         parser = self._parsers[index]
         rest = b"".join(self._event(index, _delta(piece), b"null", usage) for piece in parser.finish())
-        return rest + self._last_event(index, _reason(reason) if parser.num_calls else reason, stop_reason, usage)
+        return rest + self._last_event(index, _reason(reason, parser), stop_reason, usage)
 
     def _event(self, index: int, delta: bytes, logprobs: bytes, usage: Usage | None) -> bytes:
         return b'%b"delta":%b,"logprobs":%b,"finish_reason":null}]%b' % (
@@ -83,9 +83,9 @@ class ToolChatFormat(ChatFormat):
         )
 
 
-def _reason(reason: Any) -> Any:
-    """Return why an answer with calls ended."""
-    return "tool_calls" if reason == "stop" else reason
+def _reason(reason: Any, parser: ToolCallParser) -> Any:
+    """Return why an answer ended: with its calls, unless a stop string has cut the last one off."""
+    return "tool_calls" if reason == "stop" and parser.is_complete else reason
 
 
 def _delta(piece: Piece) -> bytes:

@@ -49,6 +49,11 @@ class ToolCallParser:
         self._is_escaped = False
         self.num_calls = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are calls, and the last one has all of its arguments."""
+        return self.num_calls > 0 and self._state != "arguments"
+
     def add(self, text: str) -> list[Piece]:
         """Return what this text makes certain."""
         self._pending += text
