@@ -93,7 +93,12 @@ def test_logprobs_are_parallel_lists(pd: Served) -> None:
     assert logprobs.token_logprobs == [-0.5] * 5
     assert logprobs.text_offset == [0, 1, 2, 3, 4]
     assert logprobs.top_logprobs is not None
-    assert list(logprobs.top_logprobs[0].values()) == [-0.5]
+    assert logprobs.top_logprobs[0] == {"H": -0.5, "!": -0.5}
+
+
+def test_the_sampled_token_is_among_the_candidates_however_few_are_wanted(pd: Served) -> None:
+    logprobs = post(pd.completions, {"prompt": "x", "logprobs": 0}).json["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{letter: -0.5} for letter in "Hello"]
 
 
 def test_streamed_logprobs_count_characters_across_chunks(pd: Served) -> None:

@@ -250,6 +250,12 @@ class CompletionFormat(AnswerFormat):
         return CompletionLogprobs(
             tokens=[text(entry.token_id) for entry in logprobs],
             token_logprobs=[entry.logprob for entry in logprobs],
-            top_logprobs=[{text(token_id): logprob for token_id, logprob in entry.top} for entry in logprobs],
+            top_logprobs=[self._candidates(entry) for entry in logprobs],
             text_offset=list(text_offsets),
         )
+
+    def _candidates(self, entry: TokenLogprob) -> dict[str, float]:
+        """Return the sampled token and the likeliest ones: as in OpenAI's API, that may be one more than was asked for."""
+        text = self._token_bytes.text
+        sampled = {text(entry.token_id): entry.logprob}
+        return sampled | {text(token_id): logprob for token_id, logprob in entry.top} | sampled

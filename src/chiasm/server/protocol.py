@@ -293,6 +293,7 @@ class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
+    """The likeliest candidates, and the token that was sampled."""
     text_offset: list[int]
 
 
