@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from chiasm.ec_transfer import holder
+from chiasm.ec_transfer.peers import PeerConnector
 from chiasm.errors import StorageError
 from chiasm.launch.ports import HeldPort
 from tests.launch.waiting import eventually
@@ -100,6 +101,15 @@ def test_an_encoder_counts_what_nobody_has_fetched_yet(
     monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
     assert all(encoder.scheduler.is_published(name) for name in names)
     assert encoder.holding.num_unfetched() == 0
+
+
+def test_an_encoder_forgets_what_nobody_has_come_for(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holder, "FETCH_SECONDS", -1.0)
+    for number in range(4):
+        encoder.encode(number)
+    assert isinstance(encoder.holding, PeerConnector)
+    assert encoder.holding._holder is not None
+    assert len(encoder.holding._holder._unfetched) == 1  # the last
 
 
 def test_an_embedding_may_be_wanted_before_it_is_made(encoder: Encoder, model: LanguageModel) -> None:

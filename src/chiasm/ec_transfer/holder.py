@@ -111,10 +111,8 @@ class Holder:
 
     def num_unfetched(self) -> int:
         """Return how many embeddings readers have yet to fetch."""
-        now = time.monotonic()
         with self._written:
-            while self._unfetched and next(iter(self._unfetched.values())) < now:
-                self._unfetched.popitem(last=False)
+            self._expect_no_longer()
             return len(self._unfetched.keys() | self._table.claimed())
 
     def has(self, identifier: str) -> bool:
@@ -126,8 +124,15 @@ class Holder:
             return is_here
 
     def _expect_fetch(self, identifier: str) -> None:
+        self._expect_no_longer()
         self._unfetched.pop(identifier, None)
         self._unfetched[identifier] = time.monotonic() + FETCH_SECONDS
+
+    def _expect_no_longer(self) -> None:
+        """Forget what nobody has come for in time: often nobody does, as when a language model has the embedding already."""
+        now = time.monotonic()
+        while self._unfetched and next(iter(self._unfetched.values())) < now:
+            self._unfetched.popitem(last=False)
 
     def publish(self, identifier: str, tensor: torch.Tensor) -> None:
         """Copy an embedding into the arena, unless it is there, and tell the readers that want it.
