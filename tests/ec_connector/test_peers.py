@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from chiasm.ec_transfer import holder
+from chiasm.ec_transfer import holder, sources
 from chiasm.ec_transfer.peers import PeerConnector
 from chiasm.errors import StorageError
 from chiasm.launch.ports import HeldPort
 from tests.launch.waiting import eventually
 
 from .instance import embedding_of, identifier_of
-from .peers import CONNECTORS, PATIENCE_SECONDS, Encoder, LanguageModel, Peer
+from .peers import CONNECTORS, PATIENCE_SECONDS, Encoder, LanguageModel, Peer, memory_open
 
 BIG = 1 << 20
 """Bytes of a large embedding."""
@@ -297,6 +297,47 @@ def test_what_nobody_takes_makes_room_for_what_is_needed_first(encoder: Encoder,
     model.load(second)
     assert torch.equal(model.memory[names[1]], big(1))
     model.load(first)
+
+
+def test_the_largest_embedding_finds_room_between_those_in_use(make: Callable[..., Any]) -> None:
+    encoder, model = make(Encoder, max_bytes=16 * BIG), make(LanguageModel)
+    room = 4 * BIG
+    header = 4096
+    sizes = {"large": room - 3 * header, "small": header, "largest": room}
+    requests = {}
+    for name, num_bytes in sizes.items():
+        model.scheduler.expect({encoder.encode(name, embedding_of(name, num_bytes // 128)): encoder.place})
+        requests[name] = model.admit(name, name, rows=room)
+        model.load(requests[name])
+        if name == "small":  # which lies in the middle
+            model.finish(requests["large"])
+            gc.collect()
+    assert torch.equal(model.memory[identifier_of("largest")], embedding_of("largest", room // 128))
+
+
+def test_an_encoder_finds_room_however_many_language_models_use_what_it_has(make: Callable[..., Any]) -> None:
+    encoder = make(Encoder)  # with room for four of these
+    for number in range(4):
+        embedding = embedding_of(number, 2 * BIG // 128 - 64)
+        model = make(LanguageModel)
+        model.scheduler.expect({encoder.encode(number, embedding): encoder.place})
+        model.load(model.admit("r", number, rows=BIG))
+    assert eventually(lambda: encoder.holding.num_unfetched() == 0)
+    encoder.encode("cat", big("cat"))
+
+
+def test_many_small_embeddings_in_use_take_few_descriptors(
+    encoder: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LENT_ENTRIES", 3)
+    counts = []
+    for number in range(8):
+        model.scheduler.expect({encoder.encode(number): encoder.place})
+        model.load(model.admit(str(number), number))
+        counts.append(memory_open(os.getpid()))
+    gc.collect()
+    assert eventually(lambda: memory_open(os.getpid()) <= counts[0] + 2)
+    assert all(torch.equal(model.memory[identifier_of(number)], embedding_of(number)) for number in range(8))
 
 
 def test_an_embedding_that_can_never_fit_is_refused(encoder: Encoder, make: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ engine's workers are other processes (``is_shared``), they find an embedding in 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from chiasm.ec_transfer.device import to_device
-from chiasm.ec_transfer.entry_file import EntryHeader
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader
 from chiasm.ec_transfer.entry_memory import Checksum, clear_entry, has_header, tensor_at
 from chiasm.ec_transfer.pins import EntryMemory, Pin
 from chiasm.ec_transfer.wants import Read
@@ -27,7 +28,10 @@ from chiasm.transfer.memory import ReachedMemory, Run
 from chiasm.transfer.shared_memory import SharedMemory
 
 MAX_LENT_SHARE = 4
-"""A reader keeps at most one part in so many of a holder's memory from being reused; what is more, it copies."""
+"""A reader keeps at most one part in so many of a holder's memory from being reused; what is more, it copies. It also copies
+what lies in the last such part, so a holder can always use that again, however many readers it has."""
+MAX_LENT_ENTRIES = 512
+"""A reader uses so many entries of one holder in place, since each takes a descriptor; what is more, it copies."""
 
 
 class Arrived(NamedTuple):
@@ -70,40 +74,59 @@ class Source(ABC):
 
 
 class _Lent:
-    """Lends memory to an engine, as long as what is lent takes no more than ``max_bytes`` together.
+    """Lends the first ``end`` bytes of a memory to an engine, at most ``max_entries`` of together ``max_bytes``.
 
-    What is more is copied. So an engine, which may keep what it has for long, doesn't take all of the memory.
+    What is more, or lies behind them, is copied. So an engine, which may keep what it has for long, doesn't take all of the
+    memory, nor leaves of it only parts that are too small.
     """
 
-    def __init__(self, max_bytes: int, device: str, *, is_shared: bool) -> None:
+    def __init__(
+        self, end: int, max_bytes: int, device: str, *, is_shared: bool, max_entries: int = sys.maxsize
+    ) -> None:
+        self._end = end
         self._max_bytes = max_bytes
+        self._max_entries = max_entries
         self._device = "cpu" if is_shared else device
         self._is_cpu = torch.device(self._device).type == "cpu"
         self._is_shared = is_shared
         self._lock = threading.Lock()
+        self._entries = 0
         self._bytes = 0
         self._returned: deque[int] = deque()
         """Sizes of tensors that are gone. The collector of garbage may run anywhere, so it takes no lock."""
 
-    def stays(self, header: EntryHeader) -> bool:
-        """Return whether an embedding needn't be copied now."""
+    def stays(self, offset: int, header: EntryHeader) -> bool:
+        """Return whether the embedding of the entry at ``offset`` needn't be copied now."""
         with self._lock:
-            return self._has_room(header.data_bytes)
+            return self._is_lent(offset, header.data_bytes)
 
-    def _has_room(self, size: int) -> bool:
+    def _take_back(self) -> None:
         while self._returned:
             self._bytes -= self._returned.popleft()
-        return self._is_cpu and self._bytes + size <= self._max_bytes
+            self._entries -= 1
 
-    def lend(self, address: int, pin: Pin, owner: object, release: Callable[[], None], started: float) -> Arrived:
-        """Return the embedding of the entry at ``address``, which was begun at that time (``perf_counter``).
+    def _is_lent(self, offset: int, size: int) -> bool:
+        self._take_back()
+        return (
+            self._is_cpu
+            and offset + HEADER_BYTES + size <= self._end
+            and self._bytes + size <= self._max_bytes
+            and self._entries < self._max_entries
+        )
 
-        ``pin`` is where others find it. ``release`` is called when its memory isn't needed any more.
+    def lend(
+        self, offset: int, address: int, pin: Pin, owner: object, release: Callable[[], None], started: float
+    ) -> Arrived:
+        """Return the embedding of the entry at ``offset``, which was begun at that time (``perf_counter``).
+
+        It is at ``address`` here, and others find it by ``pin``. ``release`` is called when its memory isn't needed any more.
         """
         size = pin.header.data_bytes
         with self._lock:
-            stays = self._has_room(size)
-            self._bytes += size if stays else 0
+            stays = self._is_lent(offset, size)
+            if stays:
+                self._bytes += size
+                self._entries += 1
 
         def give_back() -> None:
             release()
@@ -126,14 +149,15 @@ class _Lent:
 class Landing:
     """An arena into which embeddings come, over any number of sources.
 
-    Up to ``num_bytes`` may arrive at the same time, and as much may be lent. ``freed`` is called, from any thread, when there
-    may be room again; it must only wake somebody. ``is_shared``: whether other processes find what has landed, by its pin.
+    Up to ``num_bytes`` may arrive at the same time, and as much may be lent: only in the first half, so that one of that size
+    always finds room in the other. ``freed`` is called, from any thread, when there may be room again; it must only wake
+    somebody. ``is_shared``: whether other processes find what has landed, by its pin.
     """
 
     def __init__(self, num_bytes: int, device: str, freed: Callable[[], None], *, is_shared: bool) -> None:
-        self.arena = Arena(2 * num_bytes, "chiasm-ec-in", released=freed)
+        self.arena = Arena(2 * (HEADER_BYTES + num_bytes), "chiasm-ec-in", released=freed)
         self._is_shared = is_shared
-        self._lent = _Lent(num_bytes, device, is_shared=is_shared)
+        self._lent = _Lent(self.arena.num_bytes // 2, num_bytes, device, is_shared=is_shared)
 
     def hand_over(self, piece: Piece, header: EntryHeader, started: float) -> Arrived:
         """Return the embedding that has landed, on the device. The piece is released when it isn't needed any more."""
@@ -141,7 +165,8 @@ class Landing:
         pin = Pin.here(file.descriptor, header, piece.offset, is_in_arena=True)
         if self._is_shared:
             piece.publish()
-        return self._lent.lend(file.address + piece.offset, pin, file.buffer, self.releaser(piece), started)
+        address = file.address + piece.offset
+        return self._lent.lend(piece.offset, address, pin, file.buffer, self.releaser(piece), started)
 
     def releaser(self, piece: Piece) -> Callable[[], None]:
         """Return what gives a piece back, also from a finalizer."""
@@ -196,10 +221,11 @@ class MappedSource(Source):
     def __init__(self, memory: SharedMemory, num_bytes: int, device: str, *, is_shared: bool) -> None:
         """``num_bytes`` is the size of the holder's memory."""
         self._memory = memory
-        self._lent = _Lent(num_bytes // MAX_LENT_SHARE, device, is_shared=is_shared)
+        share = num_bytes // MAX_LENT_SHARE
+        self._lent = _Lent(num_bytes - share, share, device, is_shared=is_shared, max_entries=MAX_LENT_ENTRIES)
 
     def is_quick(self, read: Read) -> bool:
-        return self._lent.stays(read.header)
+        return self._lent.stays(read.here.offset, read.header)
 
     def bring(self, read: Read, stop: Callable[[], bool]) -> Arrived | None:
         started = time.perf_counter()
@@ -212,7 +238,7 @@ class MappedSource(Source):
             held.release()
             raise EntryUnusable("it was evicted", bad=False)
         pin = Pin.here(held.descriptor, read.header, offset, is_in_arena=True)
-        return self._lent.lend(address, pin, held.buffer, held.release, started)
+        return self._lent.lend(read.here.offset, address, pin, held.buffer, held.release, started)
 
     def close(self) -> None:
         self._memory.close()
