@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from chiasm.ec_transfer import holder, sources
+from chiasm.ec_transfer import holder, reader, sources
 from chiasm.ec_transfer.peers import PeerConnector
 from chiasm.errors import StorageError
 from chiasm.launch.ports import HeldPort
@@ -233,6 +233,25 @@ def test_a_place_where_nobody_is_loses_what_should_come_from_there(encoder: Enco
     request = model.admit("r", "cat")
     model.scheduler.expect({identifier_of("cat"): place})
     model.lose(request)
+
+
+def test_what_is_expected_from_an_encoder_outlasts_an_idle_connection_to_it(
+    make: Callable[..., Any], model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MAX_IDLE_HOLDERS", 1)
+    first, second = make(Encoder), make(Encoder)
+    assert isinstance(model.scheduler, PeerConnector)
+    assert model.scheduler._reader is not None
+    holders = model.scheduler._reader._holders
+    for name, encoder in (("cat", first), ("bird", second)):
+        model.scheduler.expect({encoder.encode(name): encoder.place, first.encode("dog"): first.place})
+        request = model.admit(name, name)
+        model.load(request)
+        model.finish(request)
+        assert eventually(lambda: not any(one.num_reads for one in list(holders.values())))
+    assert list(holders) == [second.place]
+    model.load(model.admit("r", "dog"))
+    assert torch.equal(model.memory[identifier_of("dog")], embedding_of("dog"))
 
 
 def test_an_encoder_of_another_start_is_not_believed(encoder: Encoder, model: LanguageModel) -> None:

@@ -293,7 +293,7 @@ class Reader:
             in_use = self._table.places_in_use()
         idle = [holder for holder in self._holders.values() if holder.place not in in_use and not holder.num_reads]
         for other in idle[: max(0, len(idle) - MAX_IDLE_HOLDERS + 1)]:
-            self._lose(other, "it was idle")
+            self._disconnect(other)  # nothing is lost: it may have what is expected there
         holder = _Holder(place)
         self._holders[place] = holder
         holder.task = self._start(holder, self._converse(holder))
@@ -354,6 +354,17 @@ class Reader:
         """End the connection to a holder. What was to come from there has to come from elsewhere."""
         if holder.lost:
             return
+        self._disconnect(holder)
+        with self._lock:
+            lost = self._table.lose(holder.place)
+        if (lost or holder.num_reads) and not self._closing:
+            _logger.warning("Gave up encoder %s: %s.", holder, reason)
+        self._retry()
+        self._act()
+        if lost and not self._closing:
+            self.wake()
+
+    def _disconnect(self, holder: _Holder) -> None:
         holder.lost = True
         if self._holders.get(holder.place) is holder:
             del self._holders[holder.place]
@@ -361,15 +372,7 @@ class Reader:
             timer.cancel()
         if holder.channel is not None:
             holder.channel.close()
-        with self._lock:
-            lost = self._table.lose(holder.place)
-        if (lost or holder.num_reads) and not self._closing:
-            _logger.warning("Gave up encoder %s: %s.", holder, reason)
         self._close_if_unused(holder)
-        self._retry()
-        self._act()
-        if lost and not self._closing:
-            self.wake()
 
     def _close_if_unused(self, holder: _Holder) -> None:
         if holder.lost and not holder.num_reads and holder.source is not None:
