@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from chiasm.ec_transfer import ECConnectorMetadata, ECTransferRole
-from chiasm.ec_transfer.entry_file import HEADER_BYTES
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader
 
 from .instance import Instance, Item, Request, config_for, embedding_of, entry_path, identifier_of
 
@@ -126,6 +126,22 @@ def test_a_safetensors_file_of_another_program_is_removed(pd: Instance, folder: 
 def test_an_entry_of_another_model_is_removed(pd: Instance, folder: Path) -> None:
     other_model = replace(config_for(folder, ECTransferRole.PRODUCER), fingerprint="0ddd")
     assert_treated_as_missing(pd, folder, Instance(other_model).encode("b"))
+
+
+def test_a_header_that_would_be_too_long_if_it_were_written_here_is_removed(
+    pd: Instance, folder: Path, identifier: str
+) -> None:
+    header = EntryHeader(identifier, "a" * 2500, "BF16", (0,), checksum="0" * 32).to_bytes()
+    text = header[8:].rstrip().replace(b"[0]", b"[" + b"9," * 499 + b"9]")
+    entry_path(folder, identifier).write_bytes(header[:8] + text.ljust(HEADER_BYTES - 8))
+    assert_treated_as_missing(pd, folder, identifier)
+
+
+def test_a_shape_that_no_tensor_can_have_is_removed(pd: Instance, folder: Path, identifier: str) -> None:
+    header = EntryHeader(identifier, "5eed", "BF16", (0, 10**30))
+    header = header._replace(checksum=header.hasher().hexdigest())
+    entry_path(folder, identifier).write_bytes(header.to_bytes())
+    assert_treated_as_missing(pd, folder, identifier)
 
 
 def test_a_pipe_is_removed_without_waiting(pd: Instance, folder: Path, identifier: str) -> None:

@@ -34,6 +34,8 @@ _LENGTH_BYTES = 8
 _LARGE_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 _TOUCH_INTERVAL_NS = 10**9
+_DIMENSION_END = 1 << 31
+"""No size of a dimension is as large. Torch takes none that is much larger, even if there are no elements."""
 _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -49,7 +51,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _HEADER = re.compile(
-    rb'"identifier":"([0-9a-f]{64})","fingerprint":"([0-9a-f]*)","checksum":"([0-9a-f]{32})"\},'
+    rb'"identifier":"([0-9a-f]{64})","fingerprint":"([0-9a-f]{0,128})","checksum":"([0-9a-f]{32})"\},'
     rb'"ec_cache":\{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]{0,999})\]'
 )
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -101,7 +103,8 @@ class EntryHeader(NamedTuple):
             return None
         identifier, fingerprint, checksum, dtype, shape = (group.decode("ascii") for group in match.groups())
         header = cls(identifier, fingerprint, dtype, tuple(map(int, filter(None, shape.split(",")))), checksum)
-        return header if dtype in _DTYPES and header.to_bytes() == raw else None
+        is_possible = dtype in _DTYPES and all(size < _DIMENSION_END for size in header.shape)
+        return header if is_possible and header.to_bytes() == raw else None
 
     def hasher(self) -> xxhash.xxh3_128:
         """Start the checksum: return a hash of the header without its checksum, to be updated with the tensor's bytes."""
