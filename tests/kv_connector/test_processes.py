@@ -125,10 +125,13 @@ def test_a_producer_that_hangs_fails_its_own_requests(start: Start, make: Make, 
 
 
 @NEEDS_NIXL
-def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+@pytest.mark.parametrize("is_needed", [False, True])
+def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, make: Make, is_needed: bool) -> None:
     """Over TCP the producer takes part in a read. One that hangs in the middle of it must not write later."""
     monkeypatch.setenv("UCX_TLS", "tcp")
     monkeypatch.setattr("chiasm.transfer.nixl._PATIENCE_SECONDS", 0.2)
+    if is_needed:
+        monkeypatch.setattr("chiasm.transfer.nixl._SLOWEST_BYTES_PER_SECOND", 5e7)
     decode = make("NixlConnector", KVTransferRole.CONSUMER, LAYOUT, 4 * BIG, connect_timeout_seconds=30.0)
     living = make("NixlConnector", KVTransferRole.PRODUCER, engine_id="living")
     with InstanceProcess(config_for("NixlConnector", KVTransferRole.PRODUCER), LAYOUT, 4 * BIG) as still:
@@ -143,7 +146,8 @@ def test_a_read_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, m
                 pass
             with stopped(still):
                 is_in_the_middle = bool((decode.blocks[-BIG:] == 7).all())
-                decode.drop(request)
+                if not is_needed:
+                    decode.drop(request)
                 if is_in_the_middle:
                     decode.wait_for(lambda seen: (name, 0) in seen.broken_off)  # noqa: B023
                     decode.blocks.fill_(7)

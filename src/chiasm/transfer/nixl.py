@@ -50,6 +50,8 @@ _SHORTEST_SLEEP_SECONDS = 20e-6
 _LONGEST_SLEEP_SECONDS = 1e-3
 _PATIENCE_SECONDS = 5.0
 """How long a holder may take to end a read that is no longer needed, before its agent is destroyed."""
+_SLOWEST_BYTES_PER_SECOND = 2e6
+"""A read that is needed may take so much longer. If it takes more, the holder stands still, which NIXL doesn't notice."""
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -198,7 +200,8 @@ class _RemoteMemory(ReachedMemory):
         """
         api = self._agent.api
         begun = time.monotonic()
-        give_up: float | None = None
+        num_bytes = sum(run.num_bytes for run in runs)
+        give_up, is_needed = begun + _PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND, True
         try:
             offered, agent = self._offered, self._agent
             array = np.fromiter(chain.from_iterable(runs), np.uint64, 3 * len(runs)).reshape(-1, 3)
@@ -210,9 +213,9 @@ class _RemoteMemory(ReachedMemory):
                 now = time.monotonic()
                 time.sleep(min(max((now - begun) / 10, _SHORTEST_SLEEP_SECONDS), _LONGEST_SLEEP_SECONDS))
                 state = api.check_xfer_state(handle)
-                if give_up is None and stop():
-                    give_up = now + _PATIENCE_SECONDS
-                if self._broken or (give_up is not None and now > give_up):
+                if is_needed and stop():
+                    give_up, is_needed = min(give_up, now + _PATIENCE_SECONDS), False
+                if self._broken or now > give_up:
                     return "NIXL's read did not end"
             return None if state == "DONE" else "NIXL's read failed"
         except Exception as error:  # the library's errors have no common base
