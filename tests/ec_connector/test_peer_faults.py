@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chiasm.ec_transfer import reader
+from chiasm.ec_transfer.peers import PeerConnector
 from chiasm.fleet_key import FleetKey, make_fleet_key
+from tests.launch.waiting import eventually
 
 from .instance import embedding_of, identifier_of
 from .peers import CONNECTORS, Encoder, LanguageModel
@@ -157,6 +162,24 @@ def test_what_has_come_stays_when_its_encoder_is_stopped_and_holds_nothing_there
     third = model.admit("3", "cat")
     model.scheduler.expect({CAT: process.place})
     model.load(third)
+    assert holds(model, "cat")
+
+
+def test_an_encoder_is_not_given_up_for_the_time_that_reads_from_others_take(
+    other: Encoder, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other.encode("cat")
+    request = model.admit("r", "cat")
+    assert isinstance(model.scheduler, PeerConnector)
+    assert model.scheduler._reader is not None
+    pool, are_over = model.scheduler._reader._pool, threading.Event()
+    for _ in range(reader.MAX_READING):
+        pool.submit(are_over.wait)
+    model.scheduler.expect({CAT: other.place})
+    assert eventually(lambda: pool._work_queue.qsize() > 0 or model.scheduler.layout_of(CAT) is not None)
+    monkeypatch.setattr(reader, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 100.0))
+    are_over.set()
+    model.load(request)
     assert holds(model, "cat")
 
 

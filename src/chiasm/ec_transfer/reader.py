@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -211,7 +212,7 @@ class Reader:
     async def _read(self, holder: _Holder, read: Read) -> None:
         """Bring in an entry that was granted, as soon as there is memory for it."""
         assert holder.source is not None
-        give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
+        source, give_up = holder.source, math.inf
 
         def is_of_no_use() -> bool:
             return holder.lost or self._closing or not self._is_wanted(read)
@@ -219,21 +220,23 @@ class Reader:
         def stop() -> bool:
             return time.monotonic() > give_up or is_of_no_use()
 
+        def bring() -> bool:
+            nonlocal give_up  # begins when its turn has come, since what others take is not this holder's fault
+            give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
+            return self._bring(source, read, stop)
+
         is_here = False
         try:
             while not is_here and not is_of_no_use():
                 freed = self._freed
-                if holder.source.is_quick(read):
-                    is_here = self._bring(holder.source, read, stop)
+                if source.is_quick(read):
+                    is_here = bring()
                 else:
-                    is_here = await asyncio.get_running_loop().run_in_executor(
-                        self._pool, self._bring, holder.source, read, stop
-                    )
+                    is_here = await asyncio.get_running_loop().run_in_executor(self._pool, bring)
                 if not is_here and time.monotonic() > give_up:
                     raise TransferError("reading from it took too long")
                 if not is_here and not is_of_no_use():
                     await asyncio.wait([freed])
-                    give_up = time.monotonic() + ANSWER_SECONDS + read.num_bytes / _SLOWEST_BYTES_PER_SECOND
             if not is_here:
                 self._fail(read)
         except EntryUnusable as error:
