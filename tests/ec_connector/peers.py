@@ -61,10 +61,7 @@ def keeps_nothing(scheduler: ECConnector) -> bool:
         assert scheduler._reader is not None
         sources = [holder.source for holder in list(scheduler._reader._holders.values())]
         lent = [source._lent for source in sources if isinstance(source, MappedSource)]
-    for one in lent:
-        with one._lock:
-            one._take_back()
-    return all(one._bytes == one._entries == 0 for one in lent)
+    return not any(one.is_used or one._bytes for one in lent)
 
 
 class Peer:

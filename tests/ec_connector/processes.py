@@ -79,6 +79,11 @@ class EncoderProcess:
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
 
+    def end(self) -> None:
+        """Have it end by itself, and wait until it is gone."""
+        self._pipe.close()
+        self._process.join()
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone; idempotent."""
         self._process.kill()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from .peers import CONNECTORS, Encoder, LanguageModel
 from .processes import EncoderProcess, stopped
 
 CAT, DOG = identifier_of("cat"), identifier_of("dog")
+BIG_ROWS = 1 << 14
+"""Of an embedding of 2 MiB."""
 
 
 @pytest.fixture(params=CONNECTORS)
@@ -51,6 +55,17 @@ def other(connector: str) -> Iterator[Encoder]:
 
 def holds(model: LanguageModel, *names: str) -> bool:
     return all(torch.equal(model.memory[identifier_of(name)], embedding_of(name)) for name in names)
+
+
+def memory_of_encoders() -> dict[int, int]:
+    """Return how many bytes the memory files of encoders take of which this process has descriptors, by their inodes."""
+    found: dict[int, int] = {}
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:chiasm-ec "):
+                status = os.stat(f"/proc/self/fd/{descriptor}")
+                found[status.st_ino] = 512 * status.st_blocks
+    return found
 
 
 def wait_until_wanted(process: EncoderProcess, model: LanguageModel, name: str) -> None:
@@ -163,6 +178,27 @@ def test_what_has_come_stays_when_its_encoder_is_stopped_and_holds_nothing_there
     model.scheduler.expect({CAT: process.place})
     model.load(third)
     assert holds(model, "cat")
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_of_the_memory_of_an_encoder_that_has_ended_only_what_is_in_use_stays(is_killed: bool) -> None:
+    with (
+        contextlib.closing(LanguageModel("SharedMemoryConnector")) as model,
+        EncoderProcess("SharedMemoryConnector") as process,
+    ):
+        process.encode("large", BIG_ROWS)
+        process.encode("cat")
+        model.scheduler.expect({CAT: process.place})
+        others = memory_of_encoders()
+        model.load(model.admit("r", "cat"))
+        (file,) = memory_of_encoders().keys() - others
+        assert memory_of_encoders()[file] > embedding_of("large", BIG_ROWS).nbytes
+        if is_killed:
+            process.kill()
+        else:
+            process.end()
+        assert eventually(lambda: memory_of_encoders()[file] <= 4 * mmap.PAGESIZE)
+        assert holds(model, "cat")
 
 
 def test_an_encoder_is_not_given_up_for_the_time_that_reads_from_others_take(

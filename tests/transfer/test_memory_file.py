@@ -19,7 +19,7 @@ from chiasm.transfer.arena import ALIGNMENT, Arena
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.memory import Memory, Peer
 from chiasm.transfer.memory_file import MappedFile, MemoryFile
-from chiasm.transfer.shared_memory import SharedMemory, SharedMemoryPlane
+from chiasm.transfer.shared_memory import HeldRange, SharedMemory, SharedMemoryPlane
 
 PEER = Peer("127.0.0.1", 1)
 
@@ -71,6 +71,25 @@ def test_what_was_mapped_stays_when_the_file_is_closed(file: MemoryFile) -> None
     assert bytes(part) == b"bytes"
     with pytest.raises(TransferError):
         MappedFile(file.description)
+
+
+def test_what_nobody_has_locked_is_freed_once_the_memory_is_offered_no_more(arena: Arena) -> None:
+    arena.file.buffer[:] = b"x" * arena.num_bytes
+    reached, other = reach(arena), reach(arena)
+    first, last = reached.hold(ALIGNMENT, 1), other.hold(6 * ALIGNMENT - 1, ALIGNMENT)  # which is in two pages
+    assert first is not None
+    assert last is not None
+    assert not reached.file.free_the_rest()
+    assert bytes(arena.file.buffer) == b"x" * arena.num_bytes
+    arena.file.offer_no_more()
+    assert reached.file.free_the_rest()
+    assert 512 * os.fstat(arena.file.descriptor).st_blocks == 4 * ALIGNMENT  # with the page of the token
+    kept = [bytes(arena.file.buffer[page * ALIGNMENT :][:ALIGNMENT]) != bytes(ALIGNMENT) for page in range(8)]
+    assert kept == [False, True, False, False, False, True, True, False]
+    assert bytes(first.buffer) == b"x"
+    assert bytes(last.buffer) == b"x" * ALIGNMENT
+    for one in (first, last, reached, other):
+        one.release() if isinstance(one, HeldRange) else one.close()
 
 
 def test_the_file_cannot_be_truncated(file: MemoryFile) -> None:

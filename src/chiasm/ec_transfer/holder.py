@@ -191,6 +191,7 @@ class Holder:
 
     def close(self) -> None:
         """Stop listening and end all connections. Called once."""
+        self._arena.file.offer_no_more()  # before readers hear of the end
         self._control.close()
         self._memory.close()
         self._arena.close()

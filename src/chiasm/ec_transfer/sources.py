@@ -32,6 +32,8 @@ MAX_LENT_SHARE = 4
 what lies in the last such part, so a holder can always use that again, however many readers it has."""
 MAX_LENT_ENTRIES = 512
 """A reader uses so many entries of one holder in place, since each takes a descriptor; what is more, it copies."""
+_FREE_AFTER_SECONDS = (0.0, 0.1, 0.4, 1.6, 6.4)
+"""When it is seen, one after the other, whether a holder has ended. One that was killed closes its connections first."""
 
 
 class Arrived(NamedTuple):
@@ -94,6 +96,13 @@ class _Lent:
         self._bytes = 0
         self._returned: deque[int] = deque()
         """Sizes of tensors that are gone. The collector of garbage may run anywhere, so it takes no lock."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is lent."""
+        with self._lock:
+            self._take_back()
+            return self._entries > 0
 
     def stays(self, offset: int, header: EntryHeader) -> bool:
         """Return whether the embedding of the entry at ``offset`` needn't be copied now."""
@@ -241,4 +250,15 @@ class MappedSource(Source):
         return self._lent.lend(read.here.offset, address, pin, held.buffer, held.release, started)
 
     def close(self) -> None:
+        if self._lent.is_used:
+            threading.Thread(target=self._free_the_rest, name="chiasm-free", daemon=True).start()
+        else:
+            self._memory.close()
+
+    def _free_the_rest(self) -> None:
+        """Of the memory of a holder that has ended, keep only what is lent."""
+        for seconds in _FREE_AFTER_SECONDS:
+            time.sleep(seconds)
+            if self._memory.file.free_the_rest():
+                break
         self._memory.close()
