@@ -111,6 +111,29 @@ def test_what_is_needed_first_takes_the_room_of_what_is_ready() -> None:
     assert Take(Y) in messages(wants)
 
 
+def test_what_is_granted_after_its_room_has_gone_to_another_is_given_back_and_comes_later() -> None:
+    wants = WantTable[str](10, "5eed", row_bytes=1)
+    wants.expect({X: HERE, Y: HERE})
+    wants.want("1", [Wish(X, 10)])
+    wants.want("2", [Wish(Y, 10)])
+    wants.ask(Y)
+    wants.end_round()
+    rooms = [message.room_bytes for message in messages(wants) if isinstance(message, Want)]
+    assert rooms == [HEADER_BYTES + 10, 0]
+    wants.here(HERE, here(Y, 10))
+    (take,) = messages(wants)
+    assert take == Take(Y)
+    wants.here(HERE, here(X, 10, granted=True))
+    assert messages(wants) == [Forget(X), Want(X)]
+    assert wants.is_coming(X)
+    arrive(wants, Y, 10)
+    assert wants.held_bytes == 10
+    wants.here(HERE, here(X, 10))
+    wants.take(Y)
+    assert Take(X) in messages(wants)
+    arrive(wants, X, 10)
+
+
 def test_what_never_fits_is_refused_whatever_size_a_holder_claims() -> None:
     wants = table()
     wants.want("r", [Wish(X, 4)])

@@ -266,7 +266,11 @@ class WantTable(Generic[EntryT]):
             item.size_bytes = header.data_bytes
         if may_come or not here.granted:
             item.places[place] = here
-        if may_come and here.granted:
+        has_room = item.held_bytes >= header.data_bytes
+        if may_come and here.granted and not has_room and not self._intake.reserve(item, header.data_bytes):
+            # What is needed first has got its room since: it is asked for again when there is some.
+            self._sends += [Send(place, Forget(here.identifier)), Send(place, Want(here.identifier))]
+        elif may_come and here.granted:
             self._intake.come(item, header.data_bytes)
             item.source = place
             self._reads.append(Read(place, here, header))
