@@ -16,7 +16,7 @@ from chiasm.proxy.media import Item
 from chiasm.wire import Costs, ImageCost
 
 from .conftest import Images, Start, ask, data_url, image, image_bytes, listen, until_idle
-from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, event, never, refuse
+from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, event, full, never, once, refuse
 
 
 async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
@@ -94,6 +94,18 @@ async def test_a_mixed_fleet_uses_the_side_with_less_to_do(start: Start) -> None
     types = {part["type"] for received in aggregated.received for part in received.parts}
     assert "image_embeds" not in types
     assert all(part["type"] != "image_url" for received in pd.received for part in received.parts)
+
+
+async def test_an_image_goes_to_no_instance_of_another_role_when_its_own_is_full(start: Start) -> None:
+    encoder, pd, aggregated = (FakeInstance(role) for role in ("encoder", "pd", "aggregated"))
+    for one in (pd, aggregated):
+        once(full, chat, one)
+    front = await start([encoder, pd, aggregated])
+    for height in (4, 5):
+        assert (await front.post(ask("x", image(image_bytes(size=(6, height)))))).status == 200
+    assert await front.metric("chiasm_proxy_language_refusals_total") >= 1
+    assert all(part["type"] != "image_url" for received in pd.received for part in received.parts)
+    assert all(part["type"] != "image_embeds" for received in aggregated.received for part in received.parts)
 
 
 async def test_images_go_to_aggregated_instances_if_there_are_no_encoders(start: Start) -> None:

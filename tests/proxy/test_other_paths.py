@@ -16,7 +16,7 @@ from chiasm.proxy.other_paths import parse_other
 from chiasm.wire import OTHER_PATHS
 
 from .conftest import Front, Start, ask, image, image_bytes
-from .instances import MODEL, VLLM, FakeInstance, Received, break_off
+from .instances import MODEL, VLLM, Answering, FakeInstance, Received, break_off, full, lose, once
 
 BODY = b'{ "model":"tiny",\n "input" : "\\u00e9 and more", "unknown": [1.50, null], "tools": [{"type":"function"}] }'
 ANSWER = b'{"object" : "whatever",  "tool_calls":[{"id":"1"}], "reasoning": "because"}'
@@ -75,6 +75,17 @@ async def test_a_refusal_of_the_instance_stays_as_it_is(start: Start) -> None:
     pd.answer = refuse
     answered = await front.post(BODY, "/pooling")
     assert (answered.status, answered.body) == (422, b'{"detail":"no"}')
+
+
+@pytest.mark.parametrize("fault", [full, lose])
+async def test_an_instance_of_vllm_that_fails_is_not_replaced_by_one_that_serves_nothing_there(
+    start: Start, fault: Answering
+) -> None:
+    vllm, other = FakeInstance("pd", engine=VLLM["engine"]), FakeInstance("pd")
+    once(fault, answer, vllm)
+    front = await start([vllm, other])
+    assert (await front.post(BODY, "/v1/responses")).status == 200
+    assert other.received == []
 
 
 async def test_a_lost_instance_is_replaced_by_another(start: Start) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
 
 from chiasm.errors import ChiasmError, Code, ModelNotFoundError, OverloadedError
@@ -38,13 +38,16 @@ class Assignment:
         places: Places,
         job: Job,
         roles: tuple[Role, ...],
-        on_end: Callable[[], None],
+        unfit: Collection[Instance],
+        on_end: Callable[[Role], None],
     ) -> None:
+        """``unfit`` instances never get the request. ``on_end`` is told the role of the one that has it at the end."""
         self._fleet = fleet
         self._placement = placement
         self._metrics = metrics
         self._places = places
         self._job = job
+        self._unfit = unfit
         self._on_end = on_end
         self._cost: float | None = None
         """Of its work at the instance; None while it is nobody's."""
@@ -52,6 +55,16 @@ class Assignment:
         self.roles = roles
         """Of the instances that it may get."""
         self.instance: Instance
+
+    @property
+    def lacking(self) -> Role | None:
+        """The role of which no instance is healthy that may get it; None if one is."""
+        may_get = (one for one in self._fleet.healthy(*self.roles) if one not in self._unfit)
+        return self.roles[0] if next(may_get, None) is None else None
+
+    def keep_role(self) -> None:
+        """Have none get it that has another role than the one at hand: its body is made for this role."""
+        self.roles = (self.instance.role,)
 
     def take(self, *, avoid: Collection[Instance] = ()) -> bool:
         """Assign the best instance, one of ``avoid`` only if no other is healthy; return False if none is."""
@@ -72,6 +85,7 @@ class Assignment:
         Of decode instances, the one with the least load is best; of others, the one where the first token is earliest.
         """
         self.release()
+        excluded = {*excluded, *self._unfit}
         model = self._job.request.model
         if self.roles == (Role.DECODE,):
             instance = self._fleet.choose(*self.roles, model=model, exclude=excluded)
@@ -112,7 +126,7 @@ class Assignment:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
-        self._on_end()
+        self._on_end(self.instance.role)
 
 
 class Balancer:
@@ -153,9 +167,15 @@ class Balancer:
             raise model_not_found(model, self._fleet)
 
     async def assign(
-        self, job: Job, roles: tuple[Role, ...] = WHOLE_ROLES, *, avoid: Collection[Instance] = ()
+        self,
+        job: Job,
+        roles: tuple[Role, ...] = WHOLE_ROLES,
+        *,
+        avoid: Collection[Instance] = (),
+        unfit: Collection[Instance] = (),
     ) -> Assignment:
-        """Assign the request to the best instance of these roles. Raises OverloadedError if none becomes healthy."""
+        """Assign the request to the best instance of these roles: to one of ``avoid`` only if there is no other, and never, nor
+        later, to one that is ``unfit``. Raises OverloadedError if none becomes healthy."""
         assignment = Assignment(
             self._fleet,
             self._placement,
@@ -163,7 +183,8 @@ class Balancer:
             self._places,
             job,
             roles,
-            on_end=self._lines[roles[0]].advance,
+            unfit,
+            on_end=lambda role: self._advance({roles[0], role}),
         )
         await self._take(assignment, avoid)
         return assignment
@@ -171,17 +192,18 @@ class Balancer:
     async def move(self, assignment: Assignment, job: Job) -> None:
         """Assign another instance; the same one only if no other is healthy. Raises OverloadedError if none becomes so."""
         assignment.release()
-        if job.work.items:  # the body is made for this role
-            assignment.roles = (assignment.instance.role,)
         await self._take(assignment, {assignment.instance})
 
     async def _take(self, assignment: Assignment, avoid: Collection[Instance] = ()) -> None:
-        roles = assignment.roles
         if assignment.take(avoid=avoid):
             return
-        await self._comeback.wait(lambda: None if self._fleet.healthy(*roles) else roles[0])
+        await self._comeback.wait(lambda: assignment.lacking)
         if not assignment.take():
-            raise none_healthy(roles[0])
+            raise none_healthy(assignment.roles[0])
+
+    def _advance(self, roles: Iterable[Role]) -> None:
+        for role in roles:
+            self._lines[role].advance()
 
     async def lost(self, instance: Instance, error: ChiasmError) -> None:
         """Probe an instance whose response has failed."""

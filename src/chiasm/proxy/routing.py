@@ -129,9 +129,9 @@ class Router:
         job.note_model(job.request.model or next(iter(self._fleet.models), ""))
 
     async def _answer(
-        self, job: Job, started: float, send_back: SendBack | None = None, avoid: Collection[Instance] = ()
+        self, job: Job, started: float, send_back: SendBack | None = None, unfit: Collection[Instance] = ()
     ) -> None:
-        """Have images encoded, if there are any, and the request answered, by one of ``avoid`` only if there is no other."""
+        """Have images encoded, if there are any, and the request answered, but by none of ``unfit``."""
         has_media = bool(job.request.media)
         job.trail.passed("ready")
         items = await self._images.read(job) if has_media else []
@@ -147,9 +147,9 @@ class Router:
                 await self._images.send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
-            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, avoid):
+            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, unfit):
                 self._metrics.language_retries.inc()
-                with await self._balancer.assign(job, (Role.AGGREGATED,), avoid=avoid) as assignment:
+                with await self._balancer.assign(job, (Role.AGGREGATED,), unfit=unfit) as assignment:
                     await job.end_encoding()
                     await job.return_to_original()
                     await self._call(job, assignment, send_back)
@@ -183,7 +183,7 @@ class Router:
         if healthy and len(understands_none) == len(healthy):
             raise NotServedError(job.path)
         job.request.body = await job.request.whole_body()
-        with await self._balancer.assign(job, roles, avoid=understands_none) as assignment:
+        with await self._balancer.assign(job, roles, unfit=understands_none) as assignment:
             self._note_overhead(job, started, has_media=bool(job.request.media))
             await self._call(job, assignment, self._send_back_as_it_is)
 
@@ -234,14 +234,16 @@ class Router:
         roles: tuple[Role, ...],
         started: float,
         send_back: SendBack | None,
-        avoid: Collection[Instance],
+        unfit: Collection[Instance],
     ) -> bool:
         """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
         has_media = bool(items)
-        with await self._balancer.assign(job, roles, avoid=avoid) as assignment:
+        with await self._balancer.assign(job, roles, unfit=unfit) as assignment:
             encodes_itself = assignment.instance.role is Role.AGGREGATED
-            if items and (encodes_itself or self._fleet.healthy(Role.AGGREGATED)):
-                job.original = _original(job, items)
+            if items:
+                assignment.keep_role()
+                if encodes_itself or self._fleet.healthy(Role.AGGREGATED):
+                    job.original = _original(job, items)
             if encodes_itself:
                 await job.return_to_original()
                 items.clear()
