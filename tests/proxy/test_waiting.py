@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from chiasm.proxy.waiting import Line
+
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
     WORDS,
@@ -298,6 +300,18 @@ async def test_a_request_waits_for_a_full_instance(start: Start, role: str) -> N
     assert (await request).status == 200
     assert await front.metric("chiasm_proxy_language_refusals_total") == len(one.received) - 1
     await until_idle(front)
+
+
+async def test_requests_that_come_put_nobodys_turn_off() -> None:
+    line = Line()
+    first, others = asyncio.ensure_future(line.wait()), []
+    for _ in range(1000):
+        others.append(asyncio.ensure_future(line.wait()))
+        await asyncio.sleep(0.001)
+    assert first.done()
+    for one in others:
+        one.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def test_a_full_instance_costs_nothing_while_another_has_room(start: Start) -> None:

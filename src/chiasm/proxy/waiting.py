@@ -122,7 +122,8 @@ class Line:
             self._waiting.appendleft(turn)
         else:
             self._waiting.append(turn)
-        self._set_timer()
+        if self._timer is None:  # who comes while others wait doesn't put their turn off
+            self._set_timer()
         try:
             await turn
         except asyncio.CancelledError:
