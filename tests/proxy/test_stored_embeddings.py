@@ -177,6 +177,16 @@ async def test_a_slow_store_is_waited_for_where_nobody_can_encode(
     assert (await front.post(ask(image(RED)))).status == 200
 
 
+async def test_requests_that_come_together_all_have_the_stores_answer(
+    start: Start, server: StoreServer, pd: FakeInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_embeddings, "_PATIENT_SECONDS", 60.0)
+    front = await start([pd], store=server.url)
+    answers = await asyncio.gather(*(front.post(ask(image(RED))) for _ in range(16)))
+    assert {answer.status for answer in answers} == {200}
+    assert await questions(front, "late") == 0
+
+
 async def test_a_store_that_fails_is_asked_again_while_an_encoder_is_waited_for(
     start: Start, server: StoreServer, encoder: FakeInstance, pd: FakeInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

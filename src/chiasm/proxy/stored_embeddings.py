@@ -118,6 +118,7 @@ class StoredEmbeddings:
         question = _Question(names, self._fleet.fingerprint)
         self._questions.append(question)
         if self._asking is None:
+            self._asked_at = time.monotonic()
             self._asking = asyncio.create_task(self._ask_all())
         try:
             async with asyncio.timeout(seconds):
