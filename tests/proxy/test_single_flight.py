@@ -10,7 +10,7 @@ from aiohttp import web
 from chiasm.proxy import encoders
 
 from .conftest import Front, Start, ask, image, image_bytes, until_idle
-from .instances import FakeInstance, Received, break_off, chat, encode, never
+from .instances import FakeInstance, Received, break_off, chat, encode, never, refuse
 
 
 @pytest.fixture
@@ -96,6 +96,26 @@ async def test_a_client_that_leaves_does_not_affect_others(
     gate.set()
     assert (await second).status == 200
     assert len(encoder.received) == 1
+
+
+async def test_a_deadline_that_passes_does_not_affect_others(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    async def heed(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        is_late = int(received.headers["X-Request-Deadline-Ms"]) <= 1000
+        answer = refuse(504, "The deadline has passed.", kind="timeout_error") if is_late else encode
+        return await answer(instance, request, received)
+
+    encoder.answer = heed
+    front = await start([encoder, pd])
+    body = ask("x", image(image_bytes()))
+    hurried = asyncio.ensure_future(front.post(body, **{"X-Request-Deadline-Ms": "1000"}))
+    await encoder.arrived.acquire()
+    patient = asyncio.ensure_future(front.post(body))
+    assert (await hurried).status == 504
+    gate.set()
+    assert (await patient).status == 200
 
 
 async def test_the_encoder_call_ends_when_all_clients_have_left(

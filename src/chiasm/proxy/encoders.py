@@ -309,7 +309,8 @@ class Encoders:
         model = lender.request.model
         body = call.body(model) if is_small else await asyncio.to_thread(call.body, model)
         request_id.set(lender.exchange.request_id)
-        with await self._upstream.post(call.instance.url, CHAT_PATH, body, lender.headers_for_encoder()) as response:
+        headers = lender.headers_for_encoder(self._timeout_seconds)
+        with await self._upstream.post(call.instance.url, CHAT_PATH, body, headers) as response:
             return await response.read(_MAX_RESPONSE_BYTES)
 
     def _accept(self, call: Call, response: UpstreamResponse) -> None:

@@ -170,10 +170,17 @@ class Job:
             "X-Request-Deadline-Ms": str(int(self.exchange.seconds_left * 1000)),
         }
 
-    def headers_for_encoder(self) -> dict[str, str]:
-        """The same with a request id for each call, since an encoder may get several at a time."""
+    def headers_for_encoder(self, seconds: float) -> dict[str, str]:
+        """The same with a request id for each call, since an encoder may get several at a time.
+
+        A call has ``seconds`` until its own deadline: requests whose deadlines are later may wait for its images too.
+        """
         self._encoder_calls += 1
-        return {**self.headers(), "X-Request-Id": f"{self.exchange.request_id}-e{self._encoder_calls}"}
+        return {
+            **self.headers(),
+            "X-Request-Id": f"{self.exchange.request_id}-e{self._encoder_calls}",
+            "X-Request-Deadline-Ms": str(int(seconds * 1000)),
+        }
 
     # ---- encoding ------------------------------------------------------------------------------------------------------
 
