@@ -47,6 +47,7 @@ keys:
         ("- {key: short}", "at least 16 characters"),
         (" []", "holds no key"),
         (f"- {{key: {FIRST}", "not valid YAML, at line"),
+        (f"- {{key: {FIRST}, name: 2026-11-31}}", "not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_named_and_no_key_is_shown(tmp_path: Path, entries: str, message: str) -> None:

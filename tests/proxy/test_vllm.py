@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from chiasm.http import watch
+from chiasm.http.config import HttpConfig
 from chiasm.media import identifier
 
 from .conftest import Start, ask, image, image_bytes
@@ -29,6 +32,23 @@ async def test_the_model_comes_from_v1_models(start: Start) -> None:
     assert (await front.get("/health")).json["models"] == [MODEL]
     assert (await front.get("/v1/models")).json["data"][0]["max_model_len"] == 2048
     assert (await front.post(ask("x"))).status == 200
+
+
+async def test_it_is_asked_with_a_key_that_the_file_has_now(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    file, new = tmp_path / "keys", tmp_path / "new"
+    file.write_text("first" * 4)
+    new.write_text("second" * 4)
+    pd = vllm("pd")
+    pd.key = "first" * 4
+    front = await start([pd], http=HttpConfig(api_key_file=file))
+    await front.until(pd, "healthy")
+    pd.key = "second" * 4
+    await front.until(pd, "unhealthy")
+    new.rename(file)
+    await front.until(pd, "healthy")
 
 
 async def test_pd_is_called_with_the_encoders_metadata(start: Start) -> None:

@@ -78,7 +78,7 @@ def _of_yaml(path: Path, text: str) -> list[ApiKey]:
         entries = msgspec.yaml.decode(text, type=_File).keys
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{_OPTION}: {path}: {error}.") from None
-    except msgspec.DecodeError as error:  # it may quote a key
+    except (msgspec.DecodeError, ValueError) as error:  # it may quote a key; a date that there isn't is a ValueError
         place = re.search(r"line \d+, column \d+", str(error))
         where = f", at {place[0]}" if place else ""
         raise ConfigurationError(f"{_OPTION}: {path} is not valid YAML{where}.") from None

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from chiasm.errors import Code, ConfigurationError, RateLimitError
 from chiasm.http.config import HttpConfig
@@ -136,7 +137,15 @@ class KeyHolder:
         begun.append(now)
 
 
-class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
+class _Keys(NamedTuple):
+    """All keys of one server."""
+
+    first: str
+    holders: dict[bytes, KeyHolder]
+    """By the hashes of their keys."""
+
+
+class KeyRing(Replaceable[_Keys]):
     """All keys of one server, on its event loop."""
 
     kept = "the API keys stay as they are"
@@ -150,7 +159,7 @@ class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
         self._config = config
         self._share = share
         self._secret = secrets.token_bytes(32)
-        self._holders = self._read()
+        self._keys = self._read()
 
     def __bool__(self) -> bool:
         """Whether requests need a key."""
@@ -161,33 +170,39 @@ class KeyRing(Replaceable[dict[bytes, KeyHolder]]):
 
         What is looked up is a hash that nobody outside can compute, so the time that it takes tells nothing about the keys.
         """
-        return self._holders.get(self._hash(key))
+        return self._keys.holders.get(self._hash(key))
+
+    @property
+    def first(self) -> str:
+        """One of the keys, with which this server asks others that take the same; empty if there is none."""
+        return self._keys.first
 
     @property
     def names(self) -> set[str]:
         """The names of all keys that have one."""
-        return {one.name for one in self._holders.values() if one.name}
+        return {one.name for one in self._keys.holders.values() if one.name}
 
     def _hash(self, key: str) -> bytes:
         return hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
 
-    def _read(self) -> dict[bytes, KeyHolder]:
+    def _read(self) -> _Keys:
+        keys = read_keys(self._config)
         tenants: dict[str, str] = {}
         holders: dict[str, KeyHolder] = {}
         found: dict[bytes, KeyHolder] = {}
-        for key in read_keys(self._config):
+        for key in keys:
             secret = tenants.setdefault(key.tenant, _secret_of(key)) if key.tenant else ""
             holder = holders.setdefault(_id_of(key), KeyHolder(key, secret, share=self._share))
             found.setdefault(self._hash(key.key), holder)
-        return found
+        return _Keys(keys[0].key if keys else "", found)
 
-    def _take(self, read: dict[bytes, KeyHolder]) -> str:
-        known = {one.id: one for one in self._holders.values()}
-        for one in read.values():
+    def _take(self, read: _Keys) -> str:
+        known = {one.id: one for one in self._keys.holders.values()}
+        for one in read.holders.values():
             if one.id in known:
                 one.take_over(known[one.id])
-        self._holders = read
-        return f"the API keys were read again: there are {len(read)}"
+        self._keys = read
+        return f"the API keys were read again: there are {len(read.holders)}"
 
 
 def read_keys(config: HttpConfig) -> list[ApiKey]:

@@ -66,11 +66,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        assert isinstance(app, FrontDoor)
         missed = None
         if siblings is not None:
             siblings.open()
             missed = await siblings.missed()
-        await service.start(missed)
+        await service.start(missed, lambda: app.keys.first)
         try:
             async with running(admin.follow()):
                 yield

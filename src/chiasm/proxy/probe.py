@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -66,16 +66,16 @@ class Prober:
         interval_seconds: float,
         timeout_seconds: float,
         busy_timeout_seconds: float,
-        key: str | None = None,
+        key: Callable[[], str] = lambda: "",
     ) -> None:
-        """``key`` is the API key with which instances are asked what they tell only those who have one."""
+        """``key`` returns the API key with which instances are asked now what they tell only those who have one."""
         self._fleet = fleet
         self._upstream = upstream
         self._metrics = metrics
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
         self._busy_timeout_seconds = busy_timeout_seconds
-        self._authorization = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
         self._watches: dict[Instance, asyncio.Task[None]] = {}
         self._checks: dict[Instance, asyncio.Task[None]] = {}
         self._urgent: set[Instance] = set()
@@ -251,7 +251,8 @@ class Prober:
 
     async def _ask_models(self, url: str) -> tuple[Health, tuple[str, ...]]:
         """The same of vLLM without chiasm's middleware, whose /health is empty."""
-        response = await self._get(f"{url}/v1/models", self._authorization)
+        key = self._key()
+        response = await self._get(f"{url}/v1/models", {"Authorization": f"Bearer {key}"} if key else None)
         if response.status == 401:
             raise UpstreamError("/v1/models needs an API key; give the proxy one with --api-key")
         try:

@@ -17,7 +17,6 @@ from chiasm.http import Admission, Endpoint, Exchange
 from chiasm.http.body import pace_of
 from chiasm.http.endpoint import Bounds
 from chiasm.http.json_size import INLINE_BYTES
-from chiasm.http.key_ring import read_keys
 from chiasm.http.listen import check_url
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.discovery.sources import Sources, parse_source
@@ -71,8 +70,11 @@ class ProxyService:
         self._sources: Sources
         self.router: Router
 
-    async def start(self, missed: Members | None = None) -> None:
-        """Open connections and probe every instance once; ``missed`` is what another worker of this proxy knows of them."""
+    async def start(self, missed: Members | None = None, key: Callable[[], str] = lambda: "") -> None:
+        """Open connections and probe every instance once; ``missed`` is what another worker of this proxy knows of them.
+
+        ``key`` returns one of the API keys that clients may have now, with which instances are probed.
+        """
         config = self.config
         if self.tracing is not None:
             self.tracing.start()
@@ -84,7 +86,7 @@ class ProxyService:
             interval_seconds=config.probe_interval_seconds,
             timeout_seconds=config.probe_timeout_seconds,
             busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
-            key=next((one.key for one in read_keys(config.http)), None),
+            key=key,
         )
         self.router = Router(config, self.fleet, self.upstream, self.prober, self.metrics, resolver=self._resolver)
         self.leases = Leases(self.membership, self.fleet, self.prober, self.fleet_key, self.now)

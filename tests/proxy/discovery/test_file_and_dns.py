@@ -83,6 +83,13 @@ def test_a_file_that_is_no_list_of_instances_is_one_clear_error(tmp_path: Path, 
         read_instances(file)
 
 
+def test_so_is_a_date_that_there_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("- {url: 2026-11-31, role: pd}")
+    with pytest.raises(ConfigurationError, match="is not a list of instances"):
+        read_instances(file)
+
+
 def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         read_instances(tmp_path / "none")

@@ -58,7 +58,7 @@ def read_instances(path: Path) -> list[Found]:
         raise ConfigurationError(f"{path} is larger than {_MAX_BYTES >> 20} MiB.")
     try:
         entries = _decode(path, content)
-    except UNREADABLE as error:
+    except (*UNREADABLE, ValueError) as error:  # the latter for a date in YAML that there isn't
         raise ConfigurationError(
             f'{path} is not a list of instances, such as [{{"url": "http://10.0.0.5:8001", "role": "encoder"}}]: {error}.'
         ) from None
