@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.http.listen import base_url, bind, check_url, url_of
+from chiasm.http.listen import base_url, bind, check_instance_url, check_url, url_of
 
 
 def test_a_bound_port_takes_connections_at_once() -> None:
@@ -61,3 +61,11 @@ def test_a_base_url_loses_its_final_slash() -> None:
 def test_anything_else_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="http://host:port"):
         check_url(url)
+
+
+def test_an_instance_has_no_credentials_in_its_url_and_none_are_shown() -> None:
+    assert check_instance_url("http://host:8000/") == "http://host:8000"
+    for url in ("http://user:secret@host:8000", "http://secret@host:8000"):
+        with pytest.raises(ConfigurationError, match="http://host:port") as refusal:
+            check_instance_url(url)
+        assert "secret" not in refusal.value.message

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
+
+from chiasm.proxy.upstream import Call, Upstream
 
 from .conftest import Start, ask, image, image_bytes, leave, until_idle, when_encoded
 from .instances import (
@@ -180,6 +183,28 @@ async def test_a_malformed_encoder_answer_fails_the_image(start: Start, body: by
     answer = await front.post(ask("x", image(image_bytes())))
     assert answer.status == 503
     assert answer.error["code"] == "encoder_lost"
+
+
+async def test_an_unexpected_error_of_a_call_is_that_of_its_requests_and_of_none_later(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd])
+    pd.answer = never
+    usual = Upstream.post
+
+    async def fail(self: Upstream, instance_url: str, *arguments: Any, **more: Any) -> Call:
+        if instance_url == encoder.url:
+            raise ValueError("Nobody has thought of this.")
+        return await usual(self, instance_url, *arguments, **more)
+
+    monkeypatch.setattr(Upstream, "post", fail)
+    answer = await front.post(ask("x", image(image_bytes())))
+    assert (answer.status, answer.error["type"]) == (500, "internal_error")
+    monkeypatch.undo()
+    pd.answer = when_encoded(front, chat)
+    assert (await front.post(ask("x", image(image_bytes())))).status == 200
+    await until_idle(front)
 
 
 async def test_pd_may_answer_without_the_encoder(start: Start) -> None:

@@ -72,3 +72,17 @@ def check_url(url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname or path or parts.query or parts.fragment:
         raise ConfigurationError(f"{url!r} is not the base URL of a server; it must look like http://host:port.")
     return url.rstrip("/")
+
+
+def check_instance_url(url: str) -> str:
+    """Do what ``check_url`` does for an instance behind a proxy; raises ConfigurationError for credentials too.
+
+    Calls have the ``Authorization`` of the client, and whoever sees the instance sees its URL.
+    """
+    checked = check_url(url)
+    if "@" in urlsplit(checked).netloc:
+        raise ConfigurationError(
+            "The URL of an instance can't hold a user's name or a password, since its calls have the client's Authorization; "
+            "it must look like http://host:port."
+        )
+    return checked

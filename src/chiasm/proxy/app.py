@@ -24,7 +24,7 @@ from chiasm.http.admin import AdminCheck
 from chiasm.http.config import REQUESTS
 from chiasm.http.front import FrontDoor
 from chiasm.http.key_ring import Share
-from chiasm.http.listen import check_url, is_loopback
+from chiasm.http.listen import check_instance_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
 from chiasm.http.watch import running
@@ -218,7 +218,7 @@ async def _read_order(request: Request) -> _Order:
     body = await read_body(request.receive, request.headers, _MAX_ORDER_BYTES)
     order = read_json(_order, body)
     try:
-        order.url = check_url(order.url)
+        order.url = check_instance_url(order.url)
     except ConfigurationError as error:
         raise InvalidRequestError(error.message, param="url") from None
     return order

@@ -11,7 +11,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKeyFile
 from chiasm.http.config import HttpConfig
 from chiasm.http.key_rules import check_key
-from chiasm.http.listen import check_url
+from chiasm.http.listen import check_instance_url
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
 from chiasm.options import Option
@@ -195,7 +195,7 @@ class ProxyConfig:
             StoreAddress.parse(self.store)
         if self.otlp_traces_endpoint is not None:
             traces_url(self.otlp_traces_endpoint)
-        urls = [check_url(url) for url in self.named]
+        urls = [check_instance_url(url) for url in self.named]
         if len(set(urls)) != len(urls):
             raise ConfigurationError("An instance's URL is given twice; each instance has one role.")
         whole, parts = (self.pds or self.aggregated), (self.prefills or self.decodes)

@@ -263,6 +263,10 @@ class Encoders:
     async def _run(self, call: Call, lender: Job) -> None:
         try:
             await self._call(call, lender)
+        except Exception as error:  # an unexpected one, which is logged when the requests are answered
+            for flight in [*call.flights]:
+                if self._withdraw(flight, call):
+                    self._settle(flight, error)
         finally:
             self._end(call)
 

@@ -34,7 +34,7 @@ from chiasm.errors import (
 from chiasm.fleet_key import FleetKey
 from chiasm.http import json_response, read_body
 from chiasm.http.fleet_calls import FleetGuard, caller_of, check_fleet
-from chiasm.http.listen import check_url, is_loopback
+from chiasm.http.listen import check_instance_url, is_loopback
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.fleet import Fleet, Instance
 from chiasm.proxy.membership import Membership
@@ -190,7 +190,7 @@ def _checked(lease: Lease) -> Lease:
     with contextlib.suppress(ValueError):
         Role(lease.role)
         try:
-            return replace(lease, url=check_url(lease.url))
+            return replace(lease, url=check_instance_url(lease.url))
         except ConfigurationError as error:
             raise InvalidRequestError(error.message, param="url") from None
     raise InvalidRequestError(f"role must be one of {', '.join(Role)}.", param="role")

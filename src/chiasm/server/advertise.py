@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from chiasm.errors import ConfigurationError
-from chiasm.http.listen import base_url, check_url, is_loopback
+from chiasm.http.listen import base_url, check_instance_url, check_url, is_loopback
 
 MAX_PROXIES = 64
 _WILDCARDS = ("", "0.0.0.0", "::")
@@ -23,7 +23,7 @@ def check_proxies(proxies: Sequence[str], host: str, advertise_url: str) -> tupl
         raise ConfigurationError(f"--join names {len(proxies)} proxies, and {MAX_PROXIES} are the limit.")
     checked = tuple(dict.fromkeys(check_url(url) for url in proxies))
     if advertise_url:
-        check_url(advertise_url)
+        check_instance_url(advertise_url)
         return checked
     for url in checked:
         if is_loopback(host) and _is_address(proxy := urlsplit(url).hostname or "") and not is_loopback(proxy):
@@ -40,7 +40,7 @@ def own_url(host: str, port: int, proxies: Sequence[str], advertise_url: str, sc
     If it listens on all addresses, that is the one from which it reaches the first proxy.
     """
     if advertise_url:
-        return check_url(advertise_url)
+        return check_instance_url(advertise_url)
     return base_url(_address_towards(proxies[0]) if host in _WILDCARDS else host, port, scheme)
 
 

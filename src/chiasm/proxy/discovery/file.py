@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.http.listen import check_url
+from chiasm.http.listen import check_instance_url
 from chiasm.http.watch import FileWatch
 from chiasm.proxy.discovery.base import MAX_LISTED, Found, Source, Tell
 from chiasm.wire import UNREADABLE, Role
@@ -64,7 +64,7 @@ def read_instances(path: Path) -> list[Found]:
         ) from None
     if len(entries) > MAX_LISTED:
         raise ConfigurationError(f"{path} lists {len(entries)} instances, and {MAX_LISTED} are the limit.")
-    found = [Found(check_url(entry.url), entry.role) for entry in entries]
+    found = [Found(check_instance_url(entry.url), entry.role) for entry in entries]
     if len({one.url for one in found}) != len(found):
         raise ConfigurationError(f"{path} lists a URL twice; each instance has one role.")
     return found
