@@ -16,7 +16,23 @@ from chiasm.proxy.media import Item
 from chiasm.wire import Costs, ImageCost
 
 from .conftest import Images, Start, ask, data_url, image, image_bytes, listen, until_idle
-from .instances import FINGERPRINT, FakeInstance, Received, begin_stream, chat, encode, event, full, never, once, refuse
+from .instances import (
+    FINGERPRINT,
+    Answering,
+    FakeInstance,
+    Received,
+    begin_stream,
+    chat,
+    encode,
+    event,
+    full,
+    lose,
+    never,
+    once,
+    refuse,
+)
+
+stopping = refuse(503, "This instance is shutting down.", kind="overloaded_error", code="stopping")
 
 
 async def test_bodies_with_data_urls_pass_unchanged(start: Start) -> None:
@@ -166,6 +182,39 @@ async def test_a_stream_begins_at_an_aggregated_instance_when_the_last_encoder_i
     await encoder.kill()
     heard = await request
     assert (heard.text, heard.ended) == ("a cat", True)
+    await until_idle(front)
+
+
+@pytest.mark.parametrize("role", ["encoder", "pd"])
+async def test_nor_is_an_image_lost_with_the_last_encoder_or_pd_that_is_stopping(start: Start, role: str) -> None:
+    encoder, pd, aggregated = stuck_fleet()
+    front = await start([encoder, pd, aggregated])
+    leaving = encoder if role == "encoder" else pd
+    leaving.health_status = 503
+    leaving.answer = stopping
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert len(aggregated.received) == 1
+
+
+@pytest.mark.parametrize("fault", [lose, stopping])
+async def test_images_go_to_encoders_and_a_pd_when_the_last_aggregated_instance_is_gone(
+    start: Start, images: Images, fault: Answering
+) -> None:
+    slow = Costs(prefill_seconds_per_token=1.0)
+    encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd", costs=slow), FakeInstance("aggregated")
+
+    async def leave(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        instance.health_status = 503
+        return await fault(instance, request, received)
+
+    aggregated.answer = leave
+    front = await start([encoder, pd, aggregated])
+    own, url = image(image_bytes("red")), await images(image_bytes("blue"))
+    assert (await front.post(ask("x", own, image(url)))).status == 200
+    assert images.fetched == 1
+    assert [part["type"] for part in aggregated.received[0].parts] == ["text", "image_url", "image_url"]
+    assert [part["type"] for part in pd.received[0].parts] == ["text", "image_embeds", "image_embeds"]
+    assert sorted(name for one in encoder.received for name in one.identifiers) == sorted(pd.received[0].identifiers)
     await until_idle(front)
 
 

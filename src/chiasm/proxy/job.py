@@ -65,17 +65,21 @@ class Timing:
 
 
 class Original(NamedTuple):
-    """A request as the client sent it, for an instance that encodes itself."""
+    """A request as the client sent it, and its images."""
 
     request: Request
-    items: Sequence[Item | None]
-    """The images to put into its body as ``data:`` URLs, so that the instance doesn't fetch; None for one that the body has."""
+    items: Sequence[Item]
+    missing: Sequence[Item | None]
+    """The images to put into the body for an instance that encodes itself, as ``data:`` URLs, so that it doesn't fetch.
+
+    None for one that the body has.
+    """
 
     async def whole_body(self) -> bytes:
-        """Return the body for that instance."""
-        if not any(self.items):
+        """Return the body for an instance that encodes itself."""
+        if not any(self.missing):
             return await self.request.whole_body()
-        return await self.request.with_parts_replaced([item.image_url_part() if item else None for item in self.items])
+        return await self.request.with_parts_replaced([one.image_url_part() if one else None for one in self.missing])
 
 
 class Job:
@@ -105,7 +109,8 @@ class Job:
         self.embeddings_are_read = False
         """Whether the answer has begun: the instance has all embeddings."""
         self.original: Original | None = None
-        """Kept until the answer begins if an instance that encodes itself could still have to give it."""
+        """Kept until the answer begins if an instance could still have to give it that gets another body: one that encodes
+        itself, or one that doesn't."""
         self.identifiers: Sequence[str] = ()
         """Identifiers of the images that ``encoding`` is about, in the order in which they occur."""
         self._details = exchange.visit.details

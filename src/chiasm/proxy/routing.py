@@ -147,11 +147,11 @@ class Router:
                 await self._images.send_to_encoders(job, items)
                 self._note_overhead(job, started, has_media)
                 await self._hand_over(job)
-            elif not await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, unfit):
+            elif role := await self._send_to_one(job, items, self._roles(needs_encoder), started, send_back, unfit):
                 self._metrics.language_retries.inc()
-                with await self._balancer.assign(job, (Role.AGGREGATED,), unfit=unfit) as assignment:
+                with await self._balancer.assign(job, (role,), unfit=unfit) as assignment:
                     await job.end_encoding()
-                    await job.return_to_original()
+                    await (job.return_to_original() if role is Role.AGGREGATED else self._encode_apart(job, assignment))
                     await self._call(job, assignment, send_back)
         finally:
             job.original = None
@@ -205,14 +205,27 @@ class Router:
 
     # ---- text ----------------------------------------------------------------------------------------------------------
 
-    def _may_go_where_it_is_encoded(self, job: Job) -> bool:
-        """Whether a request that has failed for want of encoders or PDs can be answered by an instance that encodes itself."""
-        return (
-            job.original is not None
-            and not job.exchange.has_begun
-            and bool(self._fleet.healthy(Role.AGGREGATED))
-            and not (self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.PD))
-        )
+    @property
+    def _encodes_apart(self) -> bool:
+        """Whether encoders and PDs can answer a request with images."""
+        return bool(self._fleet.healthy(Role.ENCODER) and self._fleet.healthy(Role.PD))
+
+    def _other_role(self, job: Job, instance: Instance) -> Role | None:
+        """Return the role that can answer a request with images although this instance's can't any more, by another body."""
+        if job.original is None or job.exchange.has_begun:
+            return None
+        encodes_itself = bool(self._fleet.healthy(Role.AGGREGATED))
+        if encodes_itself == self._encodes_apart:
+            return None
+        role = Role.AGGREGATED if encodes_itself else Role.PD
+        return None if instance.role is role else role
+
+    async def _encode_apart(self, job: Job, assignment: Assignment) -> None:
+        """Make a request for an instance that encodes itself one for a PD, and have its images encoded."""
+        original, job.original = job.original, None
+        assert original is not None
+        job.request = original.request
+        await self._images.send_to_encoders(job, list(original.items), assignment.embedded)
 
     async def _hand_over(self, job: Job) -> None:
         """Send the request to prefill, and then to decode."""
@@ -235,8 +248,8 @@ class Router:
         started: float,
         send_back: SendBack | None,
         unfit: Collection[Instance],
-    ) -> bool:
-        """Have one instance answer the request; return False if one that encodes itself can answer it, but no other."""
+    ) -> Role | None:
+        """Have one instance answer the request; return None then, or the role that can, if it is another one."""
         has_media = bool(items)
         with await self._balancer.assign(job, roles, unfit=unfit) as assignment:
             encodes_itself = assignment.instance.role is Role.AGGREGATED
@@ -245,18 +258,29 @@ class Router:
                 if encodes_itself or self._fleet.healthy(Role.AGGREGATED):
                     job.original = _original(job, items)
             if encodes_itself:
+                original = job.original if self._encodes_apart else None
                 await job.return_to_original()
+                job.original = original
+                del original
                 items.clear()
             else:
                 await self._images.send_to_encoders(job, items, assignment.embedded)
             self._note_overhead(job, started, has_media)
             try:
                 await self._call(job, assignment, send_back)
-            except (OverloadedError, EmbeddingUnavailableError, InstanceLostError, ResponseCutOffError):
-                if not self._may_go_where_it_is_encoded(job):
+            except (
+                OverloadedError,
+                EmbeddingUnavailableError,
+                InstanceLostError,
+                ResponseCutOffError,
+                InstanceError,
+            ) as error:
+                is_refusal = isinstance(error, InstanceError) and not error.is_leaving
+                role = None if is_refusal else self._other_role(job, assignment.instance)
+                if role is None:
                     raise
-                return False
-        return True
+                return role
+        return None
 
     async def _call(self, job: Job, assignment: Assignment, send_back: SendBack | None = None) -> None:
         """Send the request to the assigned instance and its answer to the client.
@@ -277,7 +301,7 @@ class Router:
                 raise lost
             if not isinstance(lost, InstanceLostError):  # for that, it has been probed already
                 await self._balancer.lost(assignment.instance, lost)
-            if self._may_go_where_it_is_encoded(job):
+            if self._other_role(job, assignment.instance):
                 raise lost
             await job.unless_encoding_fails(self._balancer.move(assignment, job))
             self._metrics.language_retries.inc()
@@ -332,7 +356,7 @@ class Router:
 
 
 def _original(job: Job, items: Sequence[Item]) -> Original:
-    """Return a request as an instance that encodes itself gets it; of the images, only those that its body lacks.
+    """Return a request as it came. An instance that encodes itself gets it with those images that its body lacks.
 
     Of a request with a salt, all have their identifiers: vLLM names an image without one by its content alone, so that its
     embedding would be everybody's.
@@ -342,7 +366,7 @@ def _original(job: Job, items: Sequence[Item]) -> Original:
         item if is_salted or item.is_rewritten or part.has_uuid else None
         for part, item in zip(job.request.media, items, strict=True)
     ]
-    return Original(replace(job.request), missing)
+    return Original(replace(job.request), tuple(items), missing)
 
 
 def _work(job: Job, items: Sequence[Item]) -> Work:
