@@ -22,6 +22,8 @@ def scope(client: str | None, **headers: str) -> dict[str, object]:
     [
         ("127.0.0.1", {}, True),
         ("::1", {}, True),
+        ("::ffff:127.0.0.1", {}, True),
+        ("::ffff:10.0.0.1", {}, False),
         (None, {}, True),
         ("10.0.0.1", {}, False),
         ("127.0.0.1", {"x_forwarded_for": "1.2.3.4"}, False),

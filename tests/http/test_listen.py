@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.http.listen import base_url, bind, check_instance_url, check_url, url_of
+from chiasm.http.listen import base_url, bind, check_instance_url, check_url, is_loopback, url_of
 
 
 def test_a_bound_port_takes_connections_at_once() -> None:
@@ -69,3 +69,13 @@ def test_an_instance_has_no_credentials_in_its_url_and_none_are_shown() -> None:
         with pytest.raises(ConfigurationError, match="http://host:port") as refusal:
             check_instance_url(url)
         assert "secret" not in refusal.value.message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "localhost", "LOCALHOST"])
+def test_what_only_its_own_machine_reaches(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "::ffff:10.0.0.1", "localhost.example", ""])
+def test_what_others_may_reach(host: str) -> None:
+    assert not is_loopback(host)

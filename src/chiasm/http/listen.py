@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 from chiasm.errors import ConfigurationError
@@ -43,11 +43,16 @@ def bind(host: str, port: int, *, option: str = "--port", listening: bool = True
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether who listens on this address or name is reached from its own machine alone."""
+    """Return whether who listens on this address or name is reached from its own machine alone.
+
+    A server that listens for IPv4 and IPv6 at once sees IPv4 in IPv6: ``::ffff:127.0.0.1``.
+    """
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
         return host.lower() == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def base_url(host: str, port: int, scheme: str = "http") -> str:

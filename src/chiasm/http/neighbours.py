@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
-
 from starlette.datastructures import Headers
 from starlette.types import Scope
+
+from chiasm.http.listen import is_loopback
 
 _BY_PROXIES = ("forwarded", "x-real-ip", "via")
 _PREFIX = "x-forwarded-"
@@ -19,10 +19,7 @@ def is_neighbour(scope: Scope) -> bool:
 def comes_from_here(scope: Scope) -> bool:
     """Return whether the connection of a request was made on this machine: over loopback, or through a socket file."""
     client = scope.get("client")
-    try:
-        return client is None or not client[0] or ip_address(client[0]).is_loopback
-    except ValueError:
-        return False
+    return client is None or not client[0] or is_loopback(client[0])
 
 
 def is_forwarded(scope: Scope) -> bool:
