@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
+import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import to_builtins
 
+from chiasm.http.listen import bind
 from chiasm.wire import Health
 
 from .conftest import Start, ask, image, image_bytes
 from .instances import MODEL, FakeInstance
+
+CERTIFICATES = Path(__file__).parents[1] / "media/certificates"
 
 
 async def test_health_lists_every_instance(start: Start) -> None:
@@ -54,6 +61,42 @@ async def test_an_instance_that_was_never_reachable_is_starting(start: Start) ->
     await front.until(pd, "healthy")
     assert (await front.post(ask("x"))).status == 200
     await pd.kill()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "says", "reason"),
+    [
+        ("http", "127.0.0.1", None, "Connection refused"),
+        ("http", "nowhere.invalid", None, "is not known to the name service"),
+        ("http", "127.0.0.1", "nonsense", "does not answer in HTTP"),
+        ("https", "127.0.0.1", "nonsense", "does not speak TLS"),
+        ("https", "127.0.0.1", "TLS", r"is not trusted \(self-signed certificate\); .* SSL_CERT_FILE"),
+    ],
+)
+async def test_an_instance_that_cannot_be_probed_is_shown_with_the_reason(
+    start: Start, scheme: str, host: str, says: str | None, reason: str
+) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"What do you want?\r\n\r\n")
+        writer.close()
+
+    context = None
+    if says == "TLS":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATES / "self_signed.pem", CERTIFICATES / "key.pem")
+    with bind("127.0.0.1", 0, listening=False) as held:
+        port = held.getsockname()[1]
+        server = None
+        if says:
+            server = await asyncio.start_server(speak, sock=bind("127.0.0.1", port), ssl=context)
+        front = await start([], pds=(f"{scheme}://{host}:{port}",))
+        shown = "not probed yet"
+        async with asyncio.timeout(60):
+            while shown == "not probed yet":
+                shown = (await front.get("/health")).json["instances"][0]["reason"]
+        if server is not None:
+            server.close()
+    assert re.search(reason, shown)
 
 
 async def test_probes_make_an_instance_unhealthy_and_healthy_again(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -329,11 +330,27 @@ class Upstream:
         except TimeoutError as error:
             raise NoResponseInTimeError("no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise InstanceLostError("the connection failed or was lost") from error
+            raise InstanceLostError(_reason(error)) from error
         finally:
             line.leave(limit)
         line.hear()
         return whole
+
+
+def _reason(error: Exception) -> str:
+    """Return why a question has no answer, for the operator."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        fault = getattr(error.certificate_error, "verify_message", "") or "it is not valid"
+        return f"its certificate is not trusted ({fault}); name the authority that signed it in SSL_CERT_FILE"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "it does not speak TLS as https needs it; name it http:// if it has no certificate"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "its host is not known to the name service"
+    if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None:
+        return f"no connection can be made: {os.strerror(error.errno)}"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "it does not answer in HTTP; name it https:// if it has a certificate"
+    return "the connection failed or was lost"
 
 
 def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
