@@ -10,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import PayloadTooLargeError
+from chiasm.http import lifted as lifted_module
 from chiasm.http.json_size import INLINE_BYTES
 from chiasm.http.lifted import Lifted, lift, read_lifted
 
 BASE64 = "A" * 5000
+ESCAPED: list[dict[str, str]] = [
+    {},
+    {"/": "\\/"},  # PHP
+    {"+": "\\u002B"},  # .NET
+    {"=": "\\u003d"},  # Gson
+    {"/": "\\u002F", "+": "\\u002b", "=": "\\u003D"},
+]
+"""How libraries for JSON write characters of base64."""
 URL = "data:image/png;base64," + BASE64
 TEXTS = st.one_of(
     st.sampled_from(
@@ -29,6 +38,7 @@ TEXTS = st.one_of(
             "é" + URL,
             "data:" + "é" * 5000,
             "data:x",
+            "data:a/b+c=" + BASE64,
         ]
     ),
     st.text(max_size=5),
@@ -40,10 +50,18 @@ VALUES = st.recursive(
 )
 
 
+def escaped(text: str, escapes: dict[str, str]) -> bytes:
+    for character, escape in escapes.items():
+        text = text.replace(character, escape)
+    return text.encode()
+
+
 @settings(deadline=None)
-@given(VALUES, st.booleans())
-def test_a_body_with_stand_ins_says_the_same_and_can_be_restored(value: Any, ascii_only: bool) -> None:
-    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+@given(VALUES, st.booleans(), st.sampled_from(ESCAPED))
+def test_a_body_with_stand_ins_says_the_same_and_can_be_restored(
+    value: Any, ascii_only: bool, escapes: dict[str, str]
+) -> None:
+    body = escaped(json.dumps(value, ensure_ascii=ascii_only), escapes)
     lifted = lift(body)
     assert lifted.restored(lifted.body) == body
 
@@ -100,6 +118,29 @@ def test_base64_in_a_member_named_data_is_lifted(between: str) -> None:
     assert list(lifted.urls.values()) == [BASE64.encode()]
     assert json.loads(lifted.body)["data"].encode() in lifted.urls
     assert lifted.restored(lifted.body) == body
+
+
+@pytest.mark.parametrize("escapes", ESCAPED)
+@pytest.mark.parametrize("member", ["urls", "data"])
+def test_so_is_what_has_characters_of_base64_escaped(
+    monkeypatch: pytest.MonkeyPatch, member: str, escapes: dict[str, str]
+) -> None:
+    """An escape may be where a step of reading ends."""
+    monkeypatch.setattr(lifted_module, "_STEP_BYTES", 7)
+    text = "data:image/png;base64," + "AB/+//+C" * 1000 + "A=="
+    body = escaped(json.dumps({"urls": [], "text": text, member: [text] if member == "urls" else text}), escapes)
+    found, lifted = read(body, 60_000) if member == "urls" else (None, lift(body))
+    assert text.encode() in lifted.urls.values()
+    assert lifted.restored(lifted.body) == body
+    assert found is None or [lifted.urls[url] for url in urls_of(found)] == [text.encode()]
+
+
+@pytest.mark.parametrize(
+    "written", ["/\\/", "\\\\/", "\\u002f/", "\\/\\n", "\\\\u002b", "+\\u002b", "\\u002B\\u002b", "\\u0041"]
+)
+def test_what_has_other_escapes_stays(written: str) -> None:
+    body = f'["data:{written};base64,{BASE64}"]'.encode()
+    assert lift(body) == Lifted(body)
 
 
 def test_images_do_not_count_as_text_and_texts_that_look_like_them_do() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from chiasm.http.config import HttpConfig
 from chiasm.media import MediaConfig, identifier
 
 from .conftest import LOOPBACK, Images, Start, ask, data_url, image, image_bytes
@@ -96,6 +98,19 @@ async def test_long_urls_are_replaced_and_long_texts_stay(start: Start, escaped:
         assert (await front.post(head + b",".join(parts) + b"]}]}")).status == 200
         wanted = head + b",".join(embeds if one is part else one for one in parts) + b"]}]}"
         assert pd.received[0].body == wanted
+
+
+@pytest.mark.parametrize(("character", "escape"), [("/", "\\/"), ("+", "\\u002B"), ("=", "\\u003d")])
+async def test_an_image_with_escapes_in_its_base64_does_not_count_as_text(
+    start: Start, character: str, escape: str
+) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    front = await start([encoder, pd], http=HttpConfig(max_text_bytes=10_000))
+    data = image_bytes("#fbefbe", size=(81, 80), format="BMP")
+    body = json.dumps(ask("x", image(data))).replace(character, escape)
+    assert escape in body
+    assert (await front.post(body.encode())).status == 200
+    assert encoder.received[0].identifiers == [identifier(data, fingerprint=FINGERPRINT)]
 
 
 async def test_images_of_all_messages_keep_their_order(start: Start) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -21,6 +22,8 @@ _MAX_STRINGS = 1 << 14
 """So many of these strings are looked at, long or not."""
 _STEP_BYTES = 1 << 20
 """What is searched or copied at once: under a millisecond, after which other threads may run."""
+_GROWING_STEP_BYTES = 1 << 18
+"""The same where characters become escapes."""
 _BEGIN = b'"data'
 _STRING = re.compile(rb'"(?:(?=data:)|data"[ \t\r\n]{0,16}:[ \t\r\n]{0,16}")')
 """Up to the first character of the string."""
@@ -29,6 +32,13 @@ _STAND_IN = re.compile(rb"data:lifted-[0-9a-f]{16}-[0-9]+\.")
 """What a stand-in looks like; which ones are, only the body that was lifted knows."""
 _UNPLAIN = (b"\\", b"\n", b"\r", b"\t", b"\f")
 """Escapes, and what base64 may have between its characters, but JSON may not."""
+_ESCAPES = (
+    *((b"/", b"\\/"), (b"/", b"\\u002f"), (b"/", b"\\u002F")),
+    *((b"+", b"\\u002b"), (b"+", b"\\u002B"), (b"=", b"\\u003d"), (b"=", b"\\u003D")),
+)
+"""How libraries for JSON write characters of base64 unless they are told otherwise, each of them always in one way: PHP's
+slashes, the signs of .NET, of Java's Gson."""
+_LONGEST_ESCAPE = 6
 
 
 class Lifted(NamedTuple):
@@ -37,7 +47,9 @@ class Lifted(NamedTuple):
     body: bytes
     """The body with stand-ins, or all of it if it has no long URL."""
     urls: Mapping[bytes, bytes] = MappingProxyType({})
-    """What was lifted out, URLs or base64, by the stand-ins; both without quotes."""
+    """What was lifted out, URLs or base64, by the stand-ins; both without quotes and escapes."""
+    escapes: Mapping[bytes, Sequence[tuple[bytes, bytes]]] = MappingProxyType({})
+    """Characters that the body had escaped throughout, with their escapes, by the stand-ins."""
 
     def restored(self, text: bytes, stand_ins: Collection[bytes] | None = None) -> bytes:
         """Return a body with URLs in place of these stand-ins (None: of all). Copying lets other threads run."""
@@ -48,7 +60,7 @@ class Lifted(NamedTuple):
         at = 0
         for found in _STAND_IN.finditer(text):
             if found[0] in wanted:
-                pieces += (text[at : found.start()], self.urls[found[0]])
+                pieces += (text[at : found.start()], *self._written(found[0]))
                 at = found.end()
         return b"".join([*pieces, text[at:]])
 
@@ -56,14 +68,27 @@ class Lifted(NamedTuple):
         """Return the body with these stand-ins, and with the other URLs back in it."""
         kept = {name: url for name, url in self.urls.items() if name in stand_ins}
         body = self.restored(self.body, self.urls.keys() - kept.keys())
-        return Lifted(body, kept)
+        return Lifted(body, kept, {name: found for name, found in self.escapes.items() if name in kept})
+
+    def _written(self, stand_in: bytes) -> Iterator[bytes]:
+        """Yield what was lifted out, in pieces, as the body had it."""
+        url, escapes = self.urls[stand_in], self.escapes.get(stand_in)
+        if not escapes:
+            yield url
+            return
+        for at in range(0, len(url), _GROWING_STEP_BYTES):
+            step = url[at : at + _GROWING_STEP_BYTES]
+            for character, escape in escapes:
+                step = step.replace(character, escape)
+            yield step
 
 
 NOTHING_LIFTED = Lifted(b"")
 
 
 def lift(body: bytes) -> Lifted:
-    """Lift all strings out of a body that are long, begin with ``data:`` or are a member of this name, and need no escapes.
+    """Lift all strings out of a body that are long, begin with ``data:`` or are a member of this name, and have no escapes, or
+    only usual ones of base64.
 
     A stand-in is a string as well, which no client can guess, so that the body is as valid JSON with it as with the URL, also
     where ``"data:`` doesn't begin a string.
@@ -72,19 +97,52 @@ def lift(body: bytes) -> Lifted:
         return Lifted(body)
     secret = secrets.token_hex(8).encode()
     urls: dict[bytes, bytes] = {}
+    escapes: dict[bytes, Sequence[tuple[bytes, bytes]]] = {}
     pieces: list[bytes] = []
     kept_from = 0
     for start, end in _long_strings(body):
-        steps = [body[at : min(at + _STEP_BYTES, end)] for at in range(start, end, _STEP_BYTES)]
-        if not all(step.isascii() and not any(sign in step for sign in _UNPLAIN) for step in steps):
+        found = _read(body, start, end)
+        if found is None:
             continue
         stand_in = b"data:lifted-%b-%d." % (secret, len(urls))
-        urls[stand_in] = b"".join(steps)
+        urls[stand_in] = found.text
+        if found.escapes:
+            escapes[stand_in] = found.escapes
         pieces += (body[kept_from:start], stand_in)
         kept_from = end
     if not urls:
         return Lifted(body)
-    return Lifted(b"".join([*pieces, body[kept_from:]]), urls)
+    return Lifted(b"".join([*pieces, body[kept_from:]]), urls, escapes)
+
+
+class _Found(NamedTuple):
+    text: bytes
+    escapes: Sequence[tuple[bytes, bytes]]
+    """Characters that were escaped throughout, with their escapes."""
+
+
+def _read(body: bytes, start: int, end: int) -> _Found | None:
+    """Return what a string says, without its quotes; None if it has other escapes, or a character not always in one way."""
+    steps: list[bytes] = []
+    counts: Counter[tuple[bytes, bytes]] = Counter()
+    while start < end:
+        stop = min(start + _STEP_BYTES, end)
+        if stop < end:  # an escape is not cut in two
+            escape = body.rfind(b"\\", stop - _LONGEST_ESCAPE + 1, stop)
+            stop = escape if escape > start else stop
+        step = body[start:stop]
+        if b"\\" in step:
+            for one in _ESCAPES:
+                counts[one] += step.count(one[1])
+                step = step.replace(one[1], one[0])
+        if not step.isascii() or any(sign in step for sign in _UNPLAIN):
+            return None
+        steps.append(step)
+        start = stop
+    escapes = [one for one, count in counts.items() if count]
+    if any(sum(step.count(character) for step in steps) != counts[character, escape] for character, escape in escapes):
+        return None
+    return _Found(b"".join(steps), escapes)
 
 
 def read_lifted(
