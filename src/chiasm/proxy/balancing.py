@@ -174,8 +174,11 @@ class Balancer:
         avoid: Collection[Instance] = (),
         unfit: Collection[Instance] = (),
     ) -> Assignment:
-        """Assign the request to the best instance of these roles: to one of ``avoid`` only if there is no other, and never, nor
-        later, to one that is ``unfit``. Raises OverloadedError if none becomes healthy."""
+        """Assign the request to the best instance of these roles.
+
+        Those of ``avoid`` get it only if there is no other; ``unfit`` ones never get it, also when it is moved. Raises
+        OverloadedError if none becomes healthy.
+        """
         assignment = Assignment(
             self._fleet,
             self._placement,
