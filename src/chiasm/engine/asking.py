@@ -40,9 +40,7 @@ class Asking:
         asks_all, self._asks_all = self._asks_all, False
         names = dict.fromkeys(needed)
         knew = [name for name in self._absent if name in names]
-        for (
-            identifier
-        ) in arrived:  # if it isn't asked for now, there is something new to ask for when it is needed again
+        for identifier in arrived:  # even if it isn't loaded in this round: then it is asked for in a later one
             self._absent.pop(identifier, None)
         if asks_all or list(names) != knew:
             self._absent.clear()

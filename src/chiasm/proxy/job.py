@@ -253,11 +253,13 @@ class Job:
         if encoding is not None:
             await _end(encoding)
 
-    async def return_to_original(self) -> None:
-        """Make it a request that needs no encoder, if it has images."""
+    async def return_to_original(self, *, keep: bool = False) -> None:
+        """Make it a request that needs no encoder, if it has images; ``keep`` the original, for one that does."""
         if self.original is not None:
             self.request.body = await self.original.whole_body()
-        self.original = self.encoding = None
+        if not keep:
+            self.original = None
+        self.encoding = None
         self.identifiers = ()
 
     # ---- to the client -------------------------------------------------------------------------------------------------

@@ -258,10 +258,7 @@ class Router:
                 if encodes_itself or self._fleet.healthy(Role.AGGREGATED):
                     job.original = _original(job, items)
             if encodes_itself:
-                original = job.original if self._encodes_apart else None
-                await job.return_to_original()
-                job.original = original
-                del original
+                await job.return_to_original(keep=self._encodes_apart)
                 items.clear()
             else:
                 await self._images.send_to_encoders(job, items, assignment.embedded)
@@ -275,8 +272,9 @@ class Router:
                 ResponseCutOffError,
                 InstanceError,
             ) as error:
-                is_refusal = isinstance(error, InstanceError) and not error.is_leaving
-                role = None if is_refusal else self._other_role(job, assignment.instance)
+                if isinstance(error, InstanceError) and not error.is_leaving:
+                    raise
+                role = self._other_role(job, assignment.instance)
                 if role is None:
                     raise
                 return role
