@@ -20,6 +20,7 @@ from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
+from chiasm.launch.arrangement import arrange
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.layout import Layout
 from chiasm.launch.process import INSTANCE_OPTIONS, InstanceProcess
@@ -118,6 +119,29 @@ def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch)
 )
 def test_default_instance_counts(given: dict[str, Any], expected: dict[Role, int]) -> None:
     assert serve.instance_counts(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--aggregated", "1", "--pd-args", "--max-num-seqs 2"], "--pd-args: there are no PD instances here"),
+        (["--encoders", "1", "--decode-cpus", "0"], "--decode-cpus: there are no decode instances here"),
+        (["--encoders", "0", "--encoder-args", "--max-items 2"], "--encoder-args: there are no encoder instances here"),
+        (
+            ["--pds", "1", "--kv-lease-seconds", "3"],
+            "--kv-lease-seconds: only prefill and decode instances exchange KV",
+        ),
+        (["--aggregated", "1", "--ec-max-bytes", "1GiB"], "--ec-max-bytes: no embeddings go from instance to instance"),
+    ],
+)
+def test_options_of_instances_that_are_not_there_are_refused(arguments: list[str], refused: str) -> None:
+    with pytest.raises(ConfigurationError, match=refused):
+        arrange(_config(*arguments), None)
+
+
+def test_options_of_instances_that_are_not_there_are_read_all_the_same() -> None:
+    with pytest.raises(ConfigurationError, match=r"--pd-args: .*--nonsense"):
+        _config("--aggregated", "1", "--pd-args", "--nonsense")
 
 
 def test_encoders_may_be_a_range_from_everywhere(tmp_path: Path) -> None:

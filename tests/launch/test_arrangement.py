@@ -47,6 +47,21 @@ def _where(arranged: Arrangement) -> list[str]:
     return [f"{role}-{index} {','.join(placement.devices)}" for (role, index), placement in arranged.placements.items()]
 
 
+@pytest.mark.parametrize(
+    ("layout", "role", "option"), [(Layout.AUTO, P, "--prefill-cpus"), (Layout.SPLIT, ALL, "--aggregated-cpus")]
+)
+def test_options_of_a_role_that_the_layout_leaves_out_are_refused(layout: Layout, role: Role, option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{option}: there are no {role} instances here"):
+        arrange(DeploymentConfig("demo", {role: RoleConfig(None, cpus=(0,))}, layout=layout), None)
+
+
+def test_options_about_embeddings_and_kv_are_refused_where_none_move() -> None:
+    with pytest.raises(ConfigurationError, match="--ec-max-bytes: no embeddings go from instance to instance"):
+        arrange(DeploymentConfig("demo", layout=Layout.AGGREGATED, ec_max_bytes=1 << 30), None)
+    with pytest.raises(ConfigurationError, match="--kv-connector: only prefill and decode instances exchange KV"):
+        arrange(DeploymentConfig("demo", kv_connector="TcpConnector"), None)
+
+
 # ---- on a CPU ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +157,7 @@ def test_roles_with_cpus_of_their_own_split() -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_options_of_roles_are_kept_by_the_layout() -> None:
-    roles = {role: RoleConfig(None, threads=1, settings={"max_num_seqs": 3}) for role in Role}
+    roles = {role: RoleConfig(None, threads=1, settings={"max_num_seqs": 3}) for role in (E, PD)}
     arranged = arrange(DeploymentConfig("demo", roles), None)
     assert {one.threads for one in arranged.placements.values()} == {1}
     assert arranged.config.roles == {role: RoleConfig(2, 1, settings={"max_num_seqs": 3}) for role in (E, PD)}

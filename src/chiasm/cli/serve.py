@@ -156,6 +156,8 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     least, most = settings.get("encoders", (None, None))
     counts = instance_counts(settings if most is None else {**settings, "encoders": most})
     roles = {role: _role_config(role, count, settings) for role, count in counts.items()}
+    missing = {role: _role_config(role, 0, settings) for role in Role if role not in roles}
+    roles |= {role: one for role, one in missing.items() if one.own_options(role)}  # which is refused
     if least != most:
         roles[Role.ENCODER] = replace(roles[Role.ENCODER], least=least)
     return DeploymentConfig(

@@ -81,6 +81,7 @@ def arrange(config: DeploymentConfig, folder: Path | None) -> Arrangement:
         arrangement = _split(config, folder, gpus, why)
     else:
         arrangement = _shared(config, layout, _devices(config, gpus), gpus, model_bytes, why)
+    arrangement.config.check_used(config.roles)
     named = any(role.devices or _is_gpu(role.settings.get("device")) for role in arrangement.config.roles.values())
     arrangement = replace(arrangement, on_cpu=on_cpu and not named)
     _check_room_to_scale(arrangement)

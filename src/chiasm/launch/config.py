@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,17 @@ from chiasm.wire import Role
 _FOLDER = "SharedStorageConnector"
 _MEMORY = "SharedMemoryConnector"
 _NIXL = "NixlConnector"
+_OF_EC = (
+    "connector",
+    "connector_module_path",
+    "connector_extra_config",
+    "shared_storage_path",
+    "ec_max_bytes",
+    "ec_receive_bytes",
+)
+"""What says how embeddings move. A store is left out, since it may be in the environment of all."""
+_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_lease_seconds")
+"""What says how KV moves."""
 MAX_INSTANCES = 1024
 """Instances of one role."""
 
@@ -72,6 +83,16 @@ class RoleConfig:
     """More arguments of ``vllm serve``, after those of ``DeploymentConfig.vllm_flags``."""
     least: int | None = None
     """Fewest encoders that run: between it and ``count``, they are as many as the proxy desires. None: always ``count``."""
+
+    def own_options(self, role: Role) -> list[str]:
+        """Return the options that only these instances have, as a person writes them."""
+        given = {
+            "cpus": self.cpus,
+            "devices": self.devices,
+            "memory_share": self.memory_share,
+            "args": self.settings or self.vllm_flags,
+        }
+        return [flag(f"{role}_{name}") for name, value in given.items() if value]
 
 
 @dataclass(frozen=True)
@@ -216,6 +237,29 @@ class DeploymentConfig:
             raise ConfigurationError(
                 "Nothing would use the encoders: ask for at least one PD instance, or a prefill and a decode instance."
             )
+
+    def check_used(self, roles: Mapping[Role, RoleConfig]) -> None:
+        """Raise ConfigurationError for options of instances that aren't there; ``roles`` has what was given for each role."""
+        for role, chosen in roles.items():
+            if not self.count(role) and (options := chosen.own_options(role)):
+                name = "PD" if role is Role.PD else role
+                raise ConfigurationError(
+                    f"{', '.join(options)}: there are no {name} instances here; ask for some, or leave this out."
+                )
+        if not self.exchanges_embeddings and (options := self._given(_OF_EC)):
+            raise ConfigurationError(
+                f"{', '.join(options)}: no embeddings go from instance to instance here; leave this out, or ask for PD or "
+                "prefill instances."
+            )
+        if not self.count(Role.PREFILL) and (options := self._given(_OF_KV)):
+            raise ConfigurationError(
+                f"{', '.join(options)}: only prefill and decode instances exchange KV; leave this out, or ask for --prefills "
+                "and --decodes."
+            )
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        """Return the options of these that were given, as a person writes them."""
+        return [flag(name) for name in names if getattr(self, name) not in (None, {})]
 
     def _check_ranges(self) -> None:
         """Raise ConfigurationError for a least number of instances that can't be one."""
