@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -336,6 +337,15 @@ def test_more_threads_than_there_are_slots_are_refused(share: CoreShare) -> None
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be opened"):
         CoreShare(tmp_path / "missing" / "cores", 4)
+
+
+def test_a_file_for_which_there_is_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*ignored: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(ConfigurationError, match="No space left on device"):
+        CoreShare(tmp_path / "cores", 4)
 
 
 def _another_process(path: Path) -> tuple[Event, Event, multiprocessing.process.BaseProcess]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from chiasm.errors import ConfigurationError
 from chiasm.launch import folders
-from chiasm.launch.folders import StorageFolder, remove_stale
+from chiasm.launch.folders import LockedFolder, StorageFolder, in_memory, remove_stale
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,19 @@ def test_it_is_among_temporary_files_if_shared_memory_has_no_room(tmp_path: Path
     assert folder.path.parent == tmp_path / "tmp"
     assert folder.max_bytes == 1 << 60
     folder.remove()
+
+
+@pytest.mark.parametrize("full", [{"f_bavail": 0}, {"f_favail": 0}], ids=["bytes", "files"])
+def test_small_files_are_not_kept_in_memory_without_room(full: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_memory() == folders.SHARED_MEMORY
+    room = {"f_bavail": 1 << 30, "f_frsize": 1, "f_files": 1 << 20, "f_favail": 1 << 20}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**room | full))
+    assert in_memory() is None
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"Cannot make a folder in .*/missing: No such file.*TMPDIR"):
+        LockedFolder("some-", tmp_path / "missing")
 
 
 def test_removing_it_removes_its_files_and_can_be_repeated() -> None:

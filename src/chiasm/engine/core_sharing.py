@@ -88,6 +88,8 @@ class CoreShare:
                     f"The file {path}, in which instances share cores, {others}; name one in a folder of this user."
                 )
             os.ftruncate(self._file, _FILE_BYTES)
+            if hasattr(os, "posix_fallocate"):  # to write where memory has no room left would end the process
+                os.posix_fallocate(self._file, 0, _FILE_BYTES)
             self._memory = memoryview(mmap.mmap(self._file, _FILE_BYTES)).cast("Q")
         except OSError as error:
             raise ConfigurationError(

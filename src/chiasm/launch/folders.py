@@ -19,12 +19,14 @@ DEFAULT_MAX_BYTES = 4 << 30
 LEAST_BYTES = 256 << 20
 """A tmpfs with less room than twice this is not used."""
 STORAGE_PREFIX = "chiasm-ec-"
+_SMALL_BYTES, _SMALL_FILES = 1 << 20, 100
+"""Room for the small files of a start."""
 _logger = logging.getLogger(__name__)
 
 
 def in_memory() -> Path | None:
-    """Return where small files are kept in memory; None if this machine has no such place."""
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK) else None
+    """Return where small files are kept in memory; None if this machine has no such place, or no room there."""
+    return SHARED_MEMORY if _has_room(SHARED_MEMORY, _SMALL_BYTES) else None
 
 
 class LockedFolder:
@@ -35,10 +37,16 @@ class LockedFolder:
     """
 
     def __init__(self, prefix: str, parent: Path | None = None) -> None:
-        """Make a folder whose name begins with ``prefix``, by default among temporary files. Raises OSError."""
+        """Make a folder whose name begins with ``prefix``, by default among temporary files. Raises ConfigurationError."""
         parent = parent or Path(tempfile.gettempdir())
         remove_stale(parent, prefix)
-        self.path, self._lock = _make_locked(parent, prefix)
+        try:
+            self.path, self._lock = _make_locked(parent, prefix)
+        except OSError as error:
+            raise ConfigurationError(
+                f"Cannot make a folder in {parent}: {error.strerror}. Make room there, or name another folder for temporary "
+                "files with TMPDIR."
+            ) from error
 
     def remove(self) -> None:
         """Remove the folder and all in it; idempotent."""
@@ -63,11 +71,7 @@ class StorageFolder(LockedFolder):
         """``max_bytes`` bounds the embeddings; None: 4 GiB, or less where there is less room. Raises ConfigurationError."""
         for candidate in (SHARED_MEMORY, Path(tempfile.gettempdir())):
             remove_stale(candidate, STORAGE_PREFIX)
-        parent = _roomy_parent(max_bytes)
-        try:
-            super().__init__(STORAGE_PREFIX, parent)
-        except OSError as error:
-            raise ConfigurationError(f"Cannot make a folder for embeddings in {parent}: {error}") from error
+        super().__init__(STORAGE_PREFIX, _roomy_parent(max_bytes))
         self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _fair_share(self.path)))
         """Maximum total size of the embeddings in it."""
 
@@ -123,9 +127,16 @@ def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
 
 def _roomy_parent(max_bytes: int | None) -> Path:
     needed = max_bytes or 2 * LEAST_BYTES
-    if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK | os.X_OK) and _free_bytes(SHARED_MEMORY) >= needed:
-        return SHARED_MEMORY
-    return Path(tempfile.gettempdir())
+    return SHARED_MEMORY if _has_room(SHARED_MEMORY, needed) else Path(tempfile.gettempdir())
+
+
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    """Return whether this user can write so much there."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    space = os.statvfs(folder)
+    has_inodes = not space.f_files or space.f_favail >= _SMALL_FILES  # 0: their number isn't limited
+    return has_inodes and space.f_bavail * space.f_frsize >= num_bytes
 
 
 def _fair_share(path: Path) -> int:
