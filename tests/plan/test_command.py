@@ -76,7 +76,16 @@ def test_a_plan_names_the_layout_and_its_command(capsys: pytest.CaptureFixture[s
     assert planned(MODEL, "--devices", "2xH100", *MIX, *IN_TIME, "--rate", "5") == 0
     printed = capsys.readouterr().out
     assert "On 2xH100 use " in printed
-    assert f"  chiasm serve {MODEL} --layout " in printed
+    assert f"  chiasm serve Qwen/{MODEL} --layout " in printed
+
+
+def test_costs_that_could_not_be_kept_are_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    kept = str(tmp_path / "a file" / "costs.json")
+    with pytest.raises(
+        ConfigurationError, match=r"cannot be written to .*costs.json: .*\. Name another file with --costs"
+    ):
+        planned("demo", "--devices", "cpu:1", *MIX, *IN_TIME, "--costs", kept)
 
 
 def test_limits_that_nothing_meets_are_said_and_give_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ table, for each number of threads.
 
 from __future__ import annotations
 
+import errno
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -173,10 +175,26 @@ def read_costs(path: Path, model: str) -> MeasuredFile:
     return measured
 
 
-def write_costs(path: Path, measured: MeasuredFile) -> None:
-    """Write measured costs. Raises ConfigurationError."""
+def check_writable(path: Path) -> None:
+    """Raise ConfigurationError if measured costs cannot be written there, and make the folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def write_costs(path: Path, measured: MeasuredFile) -> None:
+    """Write measured costs. Raises ConfigurationError."""
+    check_writable(path)
+    try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(measured), indent=1) + b"\n")
     except OSError as error:
-        raise ConfigurationError(f"The measured costs cannot be written to {path}: {error}.") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"The measured costs cannot be written to {path}: {error.strerror}. Name another file with --costs."
+    )

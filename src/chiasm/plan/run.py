@@ -105,7 +105,12 @@ def run(config: PlanConfig) -> int:
             findings.append(planner.at_rate(candidate, config.rate))
     note("")
     plan = report.Plan(
-        config.model, config.devices, workload, findings, left_out, best(findings, by_rate=config.rate is None)
+        _served(config.model, shape),
+        config.devices,
+        workload,
+        findings,
+        left_out,
+        best(findings, by_rate=config.rate is None),
     )
     report.print_plan(plan, as_json=config.json)
     if config.plot is not None:
@@ -155,6 +160,11 @@ def _model(config: PlanConfig, devices: tuple[Device, ...]) -> tuple[ModelShape,
     return shape, computed_costs(shape)
 
 
+def _served(model: str, shape: ModelShape) -> str:
+    """Return what ``chiasm serve`` takes for a model: its name on the hub, if it was named without the owner."""
+    return model if "/" in model or Path(model).exists() else shape.name
+
+
 def _shape_of_folder(model: str) -> ModelShape:
     from chiasm.models.checkpoint import cached_folder
     from chiasm.plan.shapes import MODELS, of_folder
@@ -175,7 +185,7 @@ def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Pl
 
     from chiasm.engine.device import choose_dtype
     from chiasm.launch.config import model_name
-    from chiasm.plan.costs import MeasuredCosts, read_costs, write_costs
+    from chiasm.plan.costs import MeasuredCosts, check_writable, read_costs, write_costs
     from chiasm.plan.devices import Cpu
     from chiasm.plan.shapes import of_folder
 
@@ -186,6 +196,7 @@ def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Pl
         if config.calibrate or not path.exists():
             from chiasm.plan.calibration import calibrate
 
+            check_writable(path)
             write_costs(path, calibrate(folder, name, cpu.cores, note))
         dtype = choose_dtype("auto", folder, torch.device("cpu"))
         shape = of_folder(folder, config.model, bytes_per_value=dtype.itemsize)
