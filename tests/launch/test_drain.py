@@ -105,13 +105,24 @@ async def test_an_order_is_signed_by_the_clock_of_the_one_that_gets_it(place: Pl
 
 
 async def test_a_refusal_says_why(place: Place) -> None:
-    place.drained = (403, ErrorBody(error=ErrorDetail(message="No key.", code="fleet_key_needed")))
+    place.drained = (403, ErrorBody(error=ErrorDetail(message="Not here.")))
     async with Drain(place.url) as drain:
-        with pytest.raises(NotDrainedError, match="refuses with status 403: No key"):
+        with pytest.raises(NotDrainedError, match="refuses with status 403: Not here"):
             await drain.begin()
     await place.end()
     async with Drain(place.url) as drain:
         with pytest.raises(NotDrainedError, match="can't be reached"):
+            await drain.begin()
+
+
+async def test_a_refusal_without_a_key_says_which_options_give_one(place: Place) -> None:
+    place.drained = (403, ErrorBody(error=ErrorDetail(message="Send requests to the proxy.", code="fleet_key_needed")))
+    async with Drain(place.url) as drain:
+        with pytest.raises(NotDrainedError, match="Give it with --fleet-key-file or CHIASM_FLEET_KEY"):
+            await drain.begin()
+    place.drained = (401, ErrorBody(error=ErrorDetail(message="Send the key.", type="authentication_error")))
+    async with Drain("http://10.0.0.5:8001", proxy=place.url) as drain:
+        with pytest.raises(NotDrainedError, match="Give one with CHIASM_ADMIN_KEY, --admin-key, --fleet-key-file"):
             await drain.begin()
 
 

@@ -11,10 +11,20 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from chiasm.errors import ConfigurationError
+from chiasm.errors import AuthenticationError, Code, ConfigurationError
 from chiasm.fleet_key import FleetKey
 from chiasm.http.fleet_calls import body_digest, signature
-from chiasm.wire import DRAIN_PATH, LEASE_PATH, UNREADABLE, DrainOrder, DrainState, ErrorBody, Health, LeaseAnswer
+from chiasm.wire import (
+    DRAIN_PATH,
+    LEASE_PATH,
+    UNREADABLE,
+    DrainOrder,
+    DrainState,
+    ErrorBody,
+    ErrorDetail,
+    Health,
+    LeaseAnswer,
+)
 
 _LOOK_SECONDS = 0.2
 _ANSWER_SECONDS = 15.0
@@ -66,11 +76,25 @@ class Drain:
             raise NotDrainedError(f"{place} can't be reached: {error or type(error).__name__}.") from None
         try:
             if status != 202:
-                message = msgspec.json.decode(content, type=ErrorBody).error.message
-                raise NotDrainedError(f"{place} refuses with status {status}: {message}")
+                said = msgspec.json.decode(content, type=ErrorBody).error
+                raise NotDrainedError(f"{place} refuses with status {status}: {self._advice(said) or said.message}")
             return msgspec.json.decode(content, type=DrainState)
         except UNREADABLE:
             raise NotDrainedError(f"{place} answers with status {status}, and not as chiasm does.") from None
+
+    def _advice(self, error: ErrorDetail) -> str:
+        """Return what a refusal means for who asks for a drain; empty if its own message says so."""
+        if error.code == Code.FLEET_KEY_NEEDED:
+            return (
+                "It needs the fleet key of the instance. Give it with --fleet-key-file or CHIASM_FLEET_KEY; `chiasm serve` "
+                "without either makes one that only it knows."
+            )
+        if error.type == AuthenticationError.kind and self._proxy is not None:
+            return (
+                "It needs the admin key of the proxy, or the fleet key. Give one with CHIASM_ADMIN_KEY, --admin-key, "
+                "--fleet-key-file or CHIASM_FLEET_KEY; a proxy without an admin key is given one with --admin-key-file."
+            )
+        return ""
 
     async def ended(self, state: DrainState, timeout_seconds: float) -> bool:
         """Wait until nothing listens at the URL, or another process answers; return whether that came in time.
