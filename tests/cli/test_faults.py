@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cli.running import run
+from tests.cli.running import CHIASM, run
 
 
 def _one_line(*arguments: str) -> str:
@@ -42,6 +43,15 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
         port = str(server.getsockname()[1])
         line = _one_line(*(part.format(checkpoint=checkpoint) for part in command), "--port", port)
     assert f"Port {port} on 127.0.0.1 is in use" in line
+
+
+@pytest.mark.parametrize("command", [["models"], ["completion", "bash"]], ids=lambda one: one[0])
+def test_nobody_reads_what_is_printed(command: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as unread:
+        done = subprocess.run([*CHIASM, *command], stdout=unread, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_no_instance_that_could_answer() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from chiasm import __version__
 from chiasm.errors import ChiasmError
@@ -13,6 +16,8 @@ from chiasm.extras import explained
 
 _EXIT_CODE = 2
 _INTERRUPTED = 130
+_NOBODY_READS = 128 + signal.SIGPIPE
+"""Exit code when nobody reads standard output anymore, as of a command that SIGPIPE ends."""
 COMMANDS = {
     "serve": "Run all instances of a model and the proxy on this machine.",
     "instance": "Run one instance of a model.",
@@ -47,7 +52,12 @@ Options:
 def main() -> None:
     """Run the command that the arguments name. Expected faults end with one line on stderr and exit code 2."""
     try:
-        sys.exit(_run(sys.argv[1:]))
+        try:
+            code = _run(sys.argv[1:])
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        sys.exit(code)
     except ChiasmError as error:
         _fail(error.message)
     except ModuleNotFoundError as error:
@@ -55,6 +65,11 @@ def main() -> None:
         if missing is None:
             raise
         _fail(missing.message)
+    except BrokenPipeError:
+        if not _is_without_reader(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
+        sys.exit(_NOBODY_READS)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except MemoryError:
@@ -87,6 +102,15 @@ def _run(arguments: Sequence[str]) -> int | None:
     command = import_module(f"chiasm.cli.{name}")
     code: int | None = command.run(command.parser().parse(others))
     return code
+
+
+def _is_without_reader(stream: TextIO | None) -> bool:
+    """Return whether whoever read what is written there, such as ``head``, has gone."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)  # that is told in any case
+    return bool(poll.poll(0))
 
 
 def _fail(message: str) -> NoReturn:
