@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from PIL import Image, ImageDraw
+from rich.console import Console
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, ImageTiming, Turn, all_agree, draw_in_characters, read_image
-from chiasm.cli.demo import draw_turns, explain
+from chiasm.cli.conversation import Answer, ImageTiming, Turn, all_agree, draw_in_characters, drawn, read_image
+from chiasm.cli.demo import _images, draw_turns, explain
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
 from tests.cli.running import run
@@ -110,3 +112,10 @@ def test_without_colours_a_shape_is_drawn_in_characters(background: str | tuple[
     assert lines[0] == ""
     assert lines[5].startswith("     @")
     assert len(lines[5]) == 15
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("color_system", [None, "truecolor"])
+def test_images_fit_into_any_terminal(number: int, color_system: Literal["truecolor"] | None) -> None:
+    narrow = Console(width=5, color_system=color_system, force_terminal=True)
+    assert len(_images(narrow, [drawn(Image.new("RGB", (80, 80), "red"))] * number)) == number

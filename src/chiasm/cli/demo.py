@@ -177,7 +177,8 @@ def _images(console: Console, images: Sequence[ImageFile]) -> list[RenderableTyp
     from chiasm.demo.terminal import render
 
     in_colours = console.is_terminal and not console.no_color and console.color_system is not None
-    columns = min(_IMAGE_COLUMNS if in_colours else _CHARACTER_COLUMNS, (console.width - 4) // len(images) - 4)
+    room = max(1, (console.width - 4) // len(images) - 4)
+    columns = min(_IMAGE_COLUMNS if in_colours else _CHARACTER_COLUMNS, room)
     if in_colours:
         return [render(one.image, columns) for one in images]
     return [Text(draw_in_characters(one.image, columns), no_wrap=True) for one in images]
