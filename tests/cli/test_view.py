@@ -61,7 +61,7 @@ def test_in_a_terminal_there_is_a_table_below_the_lines() -> None:
     assert "MiB" in last
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [60, 80, 200])
 def test_every_row_of_the_table_is_one_line_with_the_whole_url(width: int) -> None:
     names = ["proxy", "encoder-10", "aggregated-10", "prefill-0", "decode-0"]
     loading = dict.fromkeys(("encoder-10", "aggregated-10"), "1350/1625 tensors")
@@ -73,11 +73,17 @@ def test_every_row_of_the_table_is_one_line_with_the_whole_url(width: int) -> No
         )
         for n, name in enumerate(names)
     ]
-    console.print(_table(rows))
+    console.print(_table(rows, width))
     lines = shown.getvalue().splitlines()
     for row in rows:
         assert any(row.name in line and row.url in line for line in lines), shown.getvalue()
     assert "1350/1625" in shown.getvalue()
+
+
+def test_in_a_narrow_terminal_a_row_of_the_table_is_one_line_with_the_state() -> None:
+    shown = io.StringIO()
+    Console(file=shown, width=40).print(_table([PD], 40))
+    assert [line.split() for line in shown.getvalue().splitlines()] == [["name", "state"], ["pd-0", "ready"]]
 
 
 def test_a_full_pipe_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

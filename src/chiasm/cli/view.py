@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _LINES_WAITING = 1000
 _REFRESH_SECONDS = 0.5
 _CLOSE_SECONDS = 0.5
-_COLUMNS = ("name", "url", "pid", "state", "restarts", "memory")
+_COLUMNS = {"name": 0, "url": 60, "pid": 80, "state": 0, "restarts": 80, "memory": 80}
+"""From which width of the terminal on each of them is shown."""
 _COLOURS = {
     ProcessState.STARTING: "yellow",
     ProcessState.READY: "green",
@@ -136,23 +137,25 @@ class View:
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(_table(self._processes()), refresh=True)
+            self._live.update(_table(self._processes(), self._live.console.width), refresh=True)
 
 
-def _table(processes: Sequence[ProcessStatus]) -> Table:
+def _table(processes: Sequence[ProcessStatus], width: int) -> Table:
     from rich.table import Column, Table
 
+    shown = [name for name, least in _COLUMNS.items() if width >= least]
     # Narrow enough for 80 columns; where a name is too long, anything is folded but the URL, which people copy.
-    columns = [Column(name, overflow="fold", no_wrap=name == "url") for name in _COLUMNS]
+    columns = [Column(name, overflow="fold", no_wrap=name == "url") for name in shown]
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for process in processes:
         memory = process.memory_bytes
-        table.add_row(
-            process.name,
-            process.url,
-            str(process.pid or ""),
-            f"[{_COLOURS[process.state]}]{process.progress or process.state}",
-            str(process.restarts),
-            "" if memory is None else f"{memory / 2**20:.0f} MiB",
-        )
+        cells = {
+            "name": process.name,
+            "url": process.url,
+            "pid": str(process.pid or ""),
+            "state": f"[{_COLOURS[process.state]}]{process.progress or process.state}",
+            "restarts": str(process.restarts),
+            "memory": "" if memory is None else f"{memory / 2**20:.0f} MiB",
+        }
+        table.add_row(*(cells[name] for name in shown))
     return table
