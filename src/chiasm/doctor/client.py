@@ -170,7 +170,9 @@ class Client:
         except TimeoutError:
             raise NoAnswerError(f"did not answer within {timeout_seconds:g} s") from None
         except aiohttp.ClientSSLError as error:
-            raise NoAnswerError(f"has no certificate that could be verified: {shown(error)}") from None
+            raise NoAnswerError(
+                f"has no certificate that could be verified; name who signed it in SSL_CERT_FILE: {shown(error)}"
+            ) from None
         except aiohttp.ClientConnectorError as error:
             raise NoConnectionError(f"cannot be reached: {shown(error.os_error.strerror or error)}") from None
         except aiohttp.InvalidURL:
