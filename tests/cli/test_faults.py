@@ -54,6 +54,13 @@ def test_nobody_reads_what_is_printed(command: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("command", [["serve", "demo"], ["proxy"]], ids=lambda one: one[0])
+def test_a_shared_cache_that_cannot_be_used(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = _one_line(*command, "--port", "0", "--ec-store", f"file://{tmp_path}/file")
+    assert line == f"Error: {tmp_path}/file is not a folder; name another path."
+
+
 def test_no_instance_that_could_answer() -> None:
     assert "at least one PD or aggregated" in _one_line("serve", "demo", "--pds", "0", "--encoders", "0")
     assert "at least one PD or aggregated" in _one_line("proxy", "--port", "0", "--encoder", "http://127.0.0.1:9")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from starlette.applications import Starlette
 
+from chiasm.ec_transfer.stores import open_store
 from chiasm.heap import recycle_large_buffers
 from chiasm.http.listen import bind
 from chiasm.http.serve import HttpServer
@@ -33,9 +34,12 @@ def run(
     What runs has ``config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
 
     ``on_ready`` is called once with the base URL, when requests are taken and each instance has been probed once. Raises
-    ConfigurationError if the address cannot be bound. A ``worker`` of several is given the socket that all of them listen on.
+    ConfigurationError if the address cannot be bound, or the shared cache can't be used. A ``worker`` of several is given the
+    socket that all of them listen on.
     """
     recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
+    if config.store:
+        open_store(config.store).close()  # what is wrong with it would end the event loop with a traceback
     listener = listener or bind(config.host, config.port)
     among_workers = [] if worker is None else [worker.bind()]
     server = create_server(create_app(config, worker=worker), config)
