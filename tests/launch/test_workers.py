@@ -32,6 +32,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield one
 
 
+def test_workers_need_no_short_path_of_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    with Running(tmp_path, "proxy", "--workers", "2", "--port", "0") as one:
+        one.wait_ready()
+
+
 def workers(running: Running) -> dict[str, psutil.Process]:
     named = {" ".join(command_line(one)[-1:]): one for one in running.children}
     return {name: one for name, one in named.items() if name.startswith("worker-")}

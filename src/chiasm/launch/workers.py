@@ -17,7 +17,7 @@ from pathlib import Path
 from chiasm.errors import ConfigurationError
 from chiasm.http.listen import bind, url_of
 from chiasm.launch.child import Child, ProcessState, print_ready, start_process
-from chiasm.launch.folders import LockedFolder
+from chiasm.launch.folders import LockedFolder, in_memory
 from chiasm.launch.process import ProcessConfig, ProxyProcess, to_json
 from chiasm.launch.signals import EndSignals
 from chiasm.proxy.config import ProxyConfig
@@ -48,7 +48,7 @@ def run_workers(config: ProxyProcess) -> None:
     """
     listener = bind(config.proxy.host, config.proxy.port)
     url = url_of(listener, config.proxy.http.scheme)
-    folder = LockedFolder(_PREFIX)
+    folder = LockedFolder(_PREFIX, in_memory())  # a short path, as addresses of sockets have to be
     workers = [_worker(config, number, listener.fileno(), folder.path) for number in range(config.workers)]
     try:
         with EndSignals() as signals:

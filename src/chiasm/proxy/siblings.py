@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, PathNotFoundError
+from chiasm.errors import ChiasmError, ConfigurationError, PathNotFoundError
 from chiasm.http import json_response
 from chiasm.http.body import ClientLeftError, read_body
 from chiasm.http.errors import error_response
@@ -56,11 +56,20 @@ class Worker:
     """Where their sockets are."""
 
     def bind(self) -> socket.socket:
-        """Return the socket at which this worker's siblings reach it; one that a worker left behind before is replaced."""
+        """Return the socket at which this worker's siblings reach it; one that a worker left behind before is replaced.
+
+        Raises ConfigurationError if there can be none.
+        """
         path = self._path(self.number)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            listener.close()
+            raise ConfigurationError(
+                f"The socket {path} can't be made: {error}. Name a folder with a short path for temporary files, with TMPDIR."
+            ) from error
         listener.listen()
         return listener
 
