@@ -168,6 +168,17 @@ async def test_instances_that_only_the_proxy_reaches_are_skipped() -> None:
     assert verdicts(found, "through the proxy") == ["warning"]
 
 
+async def test_a_fleet_for_text_alone_is_sent_no_image() -> None:
+    nobody = HeldPort("127.0.0.1")
+    listed = [{"url": nobody.url, "role": "pd", "state": "healthy"}]
+    async with answering({"/health": {"status": "ok", "models": ["m"], "instances": listed}}) as url:
+        found = await collected(examine_proxy(url, limits=Limits(message_seconds=20, count_seconds=0)))
+    nobody.release()
+    assert verdicts(found, "roles") == ["warning"]
+    assert verdicts(found, "through the proxy") == ["skipped"]
+    assert "problem" not in verdicts(found)
+
+
 async def test_an_instance_that_hangs_is_a_problem_whatever_the_proxy_says() -> None:
     async with talking(silent) as hanging:
         listed = [{"url": hanging, "role": "pd", "state": "healthy"}]

@@ -23,6 +23,7 @@ from chiasm.wire import Role
 _EMBEDDING = Check("embedding travels")
 _KV = Check("KV travels")
 _THROUGH = Check("through the proxy")
+_SEE_IMAGES = (Role.ENCODER, Role.AGGREGATED)
 _IMAGES = Check("images")
 
 MAX_PAIRS = 16
@@ -93,6 +94,9 @@ async def check_proxy(client: Client, proxy: ObservedProxy, instances: Sequence[
     models = proxy.health.models
     if not models:
         return _THROUGH.skipped("it serves no model now")
+    listed = {one.role for one in proxy.health.instances}
+    if listed and listed.isdisjoint(_SEE_IMAGES) and not proxy.left_out:
+        return _THROUGH.skipped("it has no instance that encodes images, so it was sent none")
 
     async def send() -> None:
         with _failing_as(
