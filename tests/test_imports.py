@@ -13,8 +13,8 @@ import chiasm
 
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
-    {"__init__", "errors", "wire", "findings", "heap", "options", "ownership", "prometheus", "checkpoints", "lazy"},
-    {"extras"},
+    {"__init__", "errors", "wire", "findings", "heap", "ownership", "prometheus", "checkpoints", "lazy"},
+    {"extras", "options"},
     {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},
     {"media", "transfer"},

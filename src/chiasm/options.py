@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from chiasm.errors import ConfigurationError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -63,6 +65,20 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_positive(config: object, *names: str) -> None:
+    """Raise ConfigurationError unless these fields of a configuration are more than 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigurationError(f"{_written(config, name)} must be positive.")
+
+
+def check_not_negative(config: object, *names: str) -> None:
+    """Raise ConfigurationError unless these fields of a configuration are at least 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigurationError(f"{_written(config, name)} must not be negative.")
+
+
 @functools.cache
 def options_of(config: type) -> tuple[NamedOption, ...]:
     """Return the options among the fields of a dataclass, in order."""
@@ -85,6 +101,12 @@ def names_of(*configs: type) -> set[str]:
 def fields_from(settings: Mapping[str, Any], config: type) -> dict[str, Any]:
     """Return the settings that are options of ``config``, by the names of its fields."""
     return {option.field: settings[option.name] for option in options_of(config) if option.name in settings}
+
+
+def _written(config: object, field: str) -> str:
+    """Return a field as a person writes it: as an option, if it is one."""
+    kind: type = type(config)
+    return next((one.flag for one in options_of(kind) if one.field == field), field)
 
 
 def _without_none(hint: Any) -> Any:

@@ -18,6 +18,7 @@ from tests.cli.running import run
         (["http://127.0.0.1:1", "--pd", "http://127.0.0.1:2"], "but not both"),
         (["--pd", "localhost:8000"], "'localhost:8000' is not the base URL"),
         (["http://"], "is not the base URL"),
+        (["localhost:8000"], "name its URL: http://localhost:8000"),
         (["demo", "--prefills", "1"], "ask for at least one decode instance"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_options_set_the_fields_of_their_configurations(tmp_path: Path) -> None:
 def test_options_have_names_of_their_own() -> None:
     names = [option.name for config in INSTANCE_OPTIONS for option in options_of(config)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ProxyConfig(pds=("http://pd",), probe_interval_seconds=0),
+            "--probe-interval-seconds must be positive.",
+        ),
+        (lambda: ServerConfig(deadline_seconds=-1), "--deadline-seconds must be positive."),
+        (lambda: ProxyConfig(shutdown_timeout_seconds=-1), "--shutdown-timeout-seconds must not be negative."),
+        (lambda: MediaConfig(max_redirects=-1), "max_redirects must not be negative."),  # not an option
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_by_the_name_of_its_option(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        make()
+    assert refusal.value.message == message
 
 
 def test_the_environment_may_hold_the_admin_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ def test_model_role_and_more_arguments_can_be_there_too(tmp_path: Path) -> None:
         ("max_body_bytes: lots", "'lots' is not a size"),
         ("[1, 2]", "not a YAML file of options"),
         ("a: [", "not a YAML file of options"),
+        ("a: 2026-11-31", "not a YAML file of options"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:

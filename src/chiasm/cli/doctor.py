@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from chiasm.cli import serve
@@ -44,6 +46,8 @@ class DoctorConfig:
     json: Annotated[bool, Option("Print the findings as JSON.")] = False
 
 
+_ADDRESS = re.compile(r"[\w.-]+:\d+|\[[0-9a-fA-F:]+\](:\d+)?")
+"""A host and a port, as people write them without the scheme of a URL."""
 _KEYS = ("api_key", "api_key_file", "fleet_key_file")
 _NOT_OF_A_PLAN = {"target", "admin_key", "admin_key_file", "log_level", *_KEYS, *_URLS, *names_of(DoctorConfig)}
 """Keys may be set in the environment; a running deployment is asked with the API key and the fleet key. The log level changes
@@ -67,6 +71,8 @@ def run(settings: Mapping[str, Any]) -> int | None:
     urls = {"aggregated": config.aggregated_at} | {role: settings.get(role, ()) for role in _URLS}
     instances = {role: [_base_url(url) for url in named] for role, named in urls.items() if named}
     running = bool(instances) or (target is not None and target.startswith(_SCHEMES))
+    if target is not None and not running and _ADDRESS.fullmatch(target) and not Path(target).exists():
+        raise ConfigurationError(f"{target} is no model. To examine what runs there, name its URL: http://{target}")
     if instances and target is not None:
         raise ConfigurationError("Name either instances, or one proxy or model, but not both.")
     about_storage = names_of(*EC_OPTIONS)

@@ -31,7 +31,7 @@ def read_file(path: Path) -> dict[str, Any]:
         members = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any] | None) or {}
     except OSError as error:
         raise ConfigurationError(f"--config: {path} cannot be read: {error.strerror}.") from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # the latter for a date that there isn't
         raise ConfigurationError(
             f"--config: {path} is not a YAML file of options: {' '.join(str(error).split())}."
         ) from None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.media.url import InvalidURLError, host_of
-from chiasm.options import Option
+from chiasm.options import Option, check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class MediaConfig:
     ] = ()
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "max_media_bytes",
             "max_image_pixels",
             "decode_cpu_seconds",
@@ -64,11 +65,8 @@ class MediaConfig:
             "max_concurrent_fetches",
             "max_fetches_per_host",
             "max_fetches_per_request",
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} must be positive.")
-        if self.max_redirects < 0:
-            raise ConfigurationError("max_redirects must not be negative.")
+        )
+        check_not_negative(self, "max_redirects")
         folder = self.allowed_local_media_path
         if folder is not None and not folder.is_dir():
             raise ConfigurationError(f"allowed_local_media_path must name a folder, but {folder} is not one.")

@@ -14,7 +14,7 @@ from chiasm.http.key_rules import check_key
 from chiasm.http.listen import check_instance_url
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
-from chiasm.options import Option
+from chiasm.options import Option, check_not_negative, check_positive
 from chiasm.proxy.hedging import HEDGED_SHARE
 from chiasm.proxy.records.tracing import traces_url
 from chiasm.proxy.tenants import TenantBy
@@ -180,17 +180,14 @@ class ProxyConfig:
         return (*self.encoders, *self.pds, *self.aggregated, *self.prefills, *self.decodes)
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} must be positive.")
-        for name in (
+        check_positive(self, *_POSITIVE)
+        check_not_negative(
+            self,
             "wait_for_instance_seconds",
             "shutdown_timeout_seconds",
             "encoder_start_seconds",
             "scale_down_seconds",
-        ):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} must not be negative.")
+        )
         if self.store:
             StoreAddress.parse(self.store)
         if self.otlp_traces_endpoint is not None:

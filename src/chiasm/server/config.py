@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from chiasm.chat_body import MAX_MESSAGES, MAX_PARTS
-from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKeyFile
 from chiasm.http.config import HttpConfig
 from chiasm.http.shutdown import SHUTDOWN_TIMEOUT_SECONDS, ShutdownTimeout
 from chiasm.media import MediaConfig
-from chiasm.options import Option
+from chiasm.options import Option, check_not_negative, check_positive
 from chiasm.server.advertise import check_proxies
 
 
@@ -55,7 +54,8 @@ class ServerConfig:
     """Threads that tokenize, decode and preprocess, which would block the event loop."""
 
     def __post_init__(self) -> None:
-        for name in (
+        check_positive(
+            self,
             "deadline_seconds",
             "max_body_bytes",
             "max_inflight_requests",
@@ -64,9 +64,6 @@ class ServerConfig:
             "max_parts",
             "max_prompts",
             "threads",
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} must be positive.")
+        )
         check_proxies(self.join, self.host, self.advertise_url)
-        if self.shutdown_timeout_seconds < 0:
-            raise ConfigurationError("shutdown_timeout_seconds must not be negative.")
+        check_not_negative(self, "shutdown_timeout_seconds")

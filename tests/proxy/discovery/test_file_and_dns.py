@@ -13,7 +13,7 @@ import pytest
 from chiasm.errors import ConfigurationError
 from chiasm.http import lookup, watch
 from chiasm.proxy.discovery import dns
-from chiasm.proxy.discovery.base import Found, Source
+from chiasm.proxy.discovery.base import Found, Source, Tell
 from chiasm.proxy.discovery.dns import DnsSource
 from chiasm.proxy.discovery.file import FileSource, read_instances
 from chiasm.proxy.discovery.sources import Sources, parse_source
@@ -204,4 +204,32 @@ async def test_an_instance_whose_source_does_not_know_its_role_is_asked_until_it
     await asyncio.wait_for(added.wait(), 60)
     (instance,) = fleet.instances
     assert (instance.url, instance.role, instance.sources) == (ENCODER.url, Role.PD, ("dns:encoders:8001",))
+    await sources.close()
+
+
+async def test_a_source_that_fails_for_a_reason_that_nobody_foresaw_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("chiasm.proxy.discovery.sources._ASK_SECONDS", 0.01)
+    fleet, added = Fleet(), asyncio.Event()
+    fleet.on_add = lambda instance: added.set()
+
+    class Failing(Source):
+        runs = 0
+
+        async def run(self, tell: Tell) -> None:
+            self.runs += 1
+            if self.runs == 1:
+                raise RuntimeError("nobody thought of it")
+            tell([ENCODER])
+            await asyncio.Event().wait()
+
+    async def role_at(url: str) -> Role:
+        raise UpstreamError("no answer")
+
+    sources = Sources([Failing("failing:")], Membership(fleet), role_at)
+    sources.start()
+    await asyncio.wait_for(added.wait(), 60)
+    assert [instance.url for instance in fleet.instances] == [ENCODER.url]
+    assert "nobody thought of it" in caplog.text
     await sources.close()

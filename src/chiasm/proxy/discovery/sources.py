@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from chiasm.errors import ChiasmError, ConfigurationError
@@ -22,6 +23,7 @@ from chiasm.wire import Role
 _log = logging.getLogger(__name__)
 _ASK_SECONDS = 1.0
 """Between two questions to an instance whose role nobody knows."""
+_Run = Callable[[], Coroutine[Any, Any, None]]
 _FORMS = "file:PATH, dns:NAME:PORT or k8s:SELECTOR"
 
 
@@ -80,8 +82,9 @@ class Sources:
 
     def start(self) -> None:
         if self._sources:
-            self._tasks = [asyncio.create_task(one.run(partial(self._take, one))) for one in self._sources]
-            self._tasks.append(asyncio.create_task(self._ask()))
+            runs: list[tuple[str, _Run]] = [("Asking instances for their roles", self._ask)]
+            runs += [(one.name, partial(one.run, partial(self._take, one))) for one in self._sources]
+            self._tasks = [asyncio.create_task(_keep_running(name, run)) for name, run in runs]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -122,3 +125,13 @@ class Sources:
             for source, found in self._found.items():
                 if any(one.url == url for one in found):
                     self._tell(source)
+
+
+async def _keep_running(name: str, run: _Run) -> None:
+    """Run it, and again after an error that nobody foresaw: without it, the proxy would keep an old list without a word."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            _log.exception("%s has failed, and is tried again", name)
+        await asyncio.sleep(_ASK_SECONDS)
