@@ -314,6 +314,59 @@ async def test_requests_that_come_put_nobodys_turn_off() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
+async def test_calls_that_end_put_off_no_try() -> None:
+    """Otherwise the room of an instance that has joined would stay empty as long as calls of the others end often."""
+    line, ended = Line(), 0
+    waiting = [asyncio.ensure_future(line.wait()) for _ in range(10_000)]
+    while sum(one.done() for one in waiting) <= ended:
+        line.advance()
+        ended += 1
+        await asyncio.sleep(0.001)
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class Waiting:
+    """Requests in a line, and a clock that stands still."""
+
+    def __init__(self, count: int) -> None:
+        self.line = Line()
+        self._turns = [asyncio.ensure_future(self.line.wait()) for _ in range(count)]
+
+    async def comes_back(self) -> None:
+        self._turns.append(asyncio.ensure_future(self.line.wait(first=True)))
+        await asyncio.sleep(0)
+
+    async def tried(self) -> int:
+        """Return how many get a turn when the time has come."""
+        await asyncio.sleep(0)
+        before = sum(turn.done() for turn in self._turns)
+        self.line._try()
+        await asyncio.sleep(0)
+        return sum(turn.done() for turn in self._turns) - before
+
+
+@pytest.mark.usefixtures("never_tried")
+async def test_where_there_is_room_without_a_call_that_ends_more_and_more_try() -> None:
+    waiting = Waiting(20)
+    assert [await waiting.tried() for _ in range(6)] == [1, 2, 4, 8, 5, 0]
+
+
+@pytest.mark.usefixtures("never_tried")
+async def test_when_one_comes_back_only_one_tries_again() -> None:
+    waiting = Waiting(20)
+    assert [await waiting.tried() for _ in range(3)] == [1, 2, 4]
+    await waiting.comes_back()
+    assert [await waiting.tried() for _ in range(3)] == [1, 2, 4]
+
+
+@pytest.fixture
+def never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for a try comes only when a test says so."""
+    monkeypatch.setattr("chiasm.proxy.waiting._TRY_SECONDS", 1e6)
+
+
 async def test_a_full_instance_costs_nothing_while_another_has_room(start: Start) -> None:
     pds = [FakeInstance("pd"), FakeInstance("pd")]
     pds[0].answer = FULL

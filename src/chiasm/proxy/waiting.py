@@ -105,12 +105,16 @@ class Comeback:
 class Line:
     """Requests that wait for room, first come, first served.
 
-    Each call that ends lets the first one try again, so many that wait don't keep full instances busy with refusals.
+    Each call that ends lets the first one try again, so many that wait don't keep full instances busy with refusals. There may
+    be room without that, as when an instance has joined. So some try every ``_TRY_SECONDS``: one, and twice as many each time
+    if nobody comes back.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._tries = 1
+        """How many try when the time has come."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -120,10 +124,10 @@ class Line:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if first:
             self._waiting.appendleft(turn)
+            self._tries = 1
         else:
             self._waiting.append(turn)
-        if self._timer is None:  # who comes while others wait doesn't put their turn off
-            self._set_timer()
+        self._set_timer()
         try:
             await turn
         except asyncio.CancelledError:
@@ -141,9 +145,17 @@ class Line:
             if not turn.done():
                 turn.set_result(None)
                 break
+
+    def _try(self) -> None:
+        self._timer = None
+        for _ in range(self._tries):
+            self.advance()
+        self._tries *= 2
         self._set_timer()
 
     def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(_TRY_SECONDS, self.advance) if self._waiting else None
+        """Have the next try come, unless it is about to: neither who comes nor who goes puts it off."""
+        if not self._waiting:
+            self._tries = 1
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_TRY_SECONDS, self._try)
