@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKey, Handshake, Side, make_fleet_key, make_nonce
+from chiasm.http.flood import FloodLimit
 from chiasm.transfer import listener
 from chiasm.transfer.errors import TransferError
 from chiasm.transfer.greeting import Hello, Proven, Terms, Unwelcome, open_channel
@@ -158,6 +160,22 @@ def test_who_does_not_greet_in_time_is_sent_away(start: Start) -> None:
     with stranger(start(greeting_seconds=0.05).peer) as silent:
         silent.hear_challenge()
         assert silent.is_closed()
+
+
+def test_strangers_who_talk_nonsense_do_not_fill_the_log(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "FloodLimit", partial(FloodLimit, lines=3, window_seconds=1e6))
+    holder = start()
+    for _ in range(10):
+        with stranger(holder.peer) as connection:
+            connection.hear_challenge()
+            connection.send_frame(b"nonsense")
+            assert connection.is_closed()
+    holder.close()
+    *written, rest = [one.getMessage() for one in caplog.records if one.name == listener.__name__]
+    assert len(written) == 3
+    assert rest.startswith("7 more like these: ")
 
 
 def test_strangers_are_bounded_and_the_oldest_goes_first(start: Start) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import make_nonce
+from chiasm.http.flood import FloodLimit
 from chiasm.http.listen import BACKLOG, bind
 from chiasm.transfer.channel import READ_AHEAD_BYTES, Channel, ChannelClosed, NotUnderstood
 from chiasm.transfer.greeting import Attach, Terms, check_host, receive_opening, welcome
@@ -64,6 +65,8 @@ class Listener(Generic[_Incoming]):
         self._numbers = itertools.count(1)
         self._strangers: dict[asyncio.Task[None], Channel[_Incoming]] = {}
         self._readers: set[asyncio.Task[None]] = set()
+        self._log_limit = FloodLimit(_logger)
+        """Anybody can connect, so nobody may fill the log."""
         self._socket = bind(host, port, option=f"{option}-port")
         self.port: int = self._socket.getsockname()[1]
 
@@ -84,6 +87,7 @@ class Listener(Generic[_Incoming]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._log_limit.flush()
 
     def close(self) -> None:
         """Stop listening, if :meth:`run` was never called. Idempotent."""
@@ -129,7 +133,7 @@ class Listener(Generic[_Incoming]):
             reason = "it did not say hello in time"
         except NotUnderstood as error:
             reason = str(error)
-            _logger.warning("A connection to the port for transfers is closed: %s.", reason)
+            self._warn("A connection to the port for transfers is closed: %s.", reason)
         except ChannelClosed as error:
             reason = str(error)
         except Exception:
@@ -141,6 +145,10 @@ class Listener(Generic[_Incoming]):
                 gone(reader)
         _logger.debug("Connection %d ended: %s.", reader, reason)
 
+    def _warn(self, message: str, *details: object) -> None:
+        if self._log_limit.admits(message):
+            _logger.warning(message, *details)
+
     async def _greet(self, channel: Channel[_Incoming], writer: asyncio.StreamWriter) -> bool:
         """Return whether the connection is that of a welcome reader. Raises ChannelClosed if it is nobody's."""
         nonce = make_nonce()
@@ -150,7 +158,7 @@ class Listener(Generic[_Incoming]):
             self._attach(opening, nonce, writer)
             return False
         if len(self._readers) >= MAX_READERS:
-            _logger.warning("A reader was turned away: there are %d already.", MAX_READERS)
+            self._warn("A reader was turned away: there are %d already.", MAX_READERS)
             raise ChannelClosed("there are too many readers")
         welcome(channel, opening, nonce, self._terms, self._engine_id)
         task = asyncio.current_task()
