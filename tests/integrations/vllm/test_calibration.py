@@ -47,8 +47,9 @@ class Engine:
             yield SimpleNamespace(metrics=times, prompt_token_ids=[0] * tokens)
 
 
-def state(engine: Engine, *, longest: int = 100_000, step_tokens: int = 2048) -> SimpleNamespace:
+def state(engine: Engine, *, longest: int = 100_000, step_tokens: int = 2048, kv: str | None = None) -> SimpleNamespace:
     config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector=kv) if kv else None,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=step_tokens),
         model_config=SimpleNamespace(max_model_len=longest),
     )
@@ -81,6 +82,12 @@ async def test_no_prompt_finds_another_in_the_prefix_cache() -> None:
     await measure_costs(state(engine))
     salts = [one["cache_salt"] for one in engine.prompts]
     assert len(set(salts)) == len(salts) > 2
+
+
+@pytest.mark.parametrize(("kv", "is_asked"), [("NixlConnector", True), ("MoRIIOConnector", False)])
+async def test_a_connector_for_kv_that_may_need_more_of_a_request_gets_none(kv: str, is_asked: bool) -> None:
+    engine = Engine()
+    assert (await measure_costs(state(engine, kv=kv)) != Costs()) == is_asked == bool(engine.prompts)
 
 
 async def test_an_engine_that_refuses_has_no_costs_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,6 +23,8 @@ _ANSWER_TOKENS = 9
 _SPARE_TOKENS = 16
 """Of the longest prompt, for the tokens that vLLM adds."""
 _LONGEST_SECONDS = 20.0
+_KV_CONNECTOR = "NixlConnector"
+"""Other connectors of vLLM for KV may need more of a request: MoRIIOConnector reads addresses in its id."""
 
 
 class _Run(NamedTuple):
@@ -40,6 +42,9 @@ async def measure_costs(state: Any) -> Costs:
     Nothing is known of what couldn't be measured, and the log says why.
     """
     costs, step = Costs(), math.inf
+    kv = state.vllm_config.kv_transfer_config
+    if kv is not None and kv.kv_connector != _KV_CONNECTOR:
+        return costs
     step_tokens = int(state.vllm_config.scheduler_config.max_num_batched_tokens)
     longest = min(step_tokens, int(state.vllm_config.model_config.max_model_len)) - _ANSWER_TOKENS - _SPARE_TOKENS
     try:
