@@ -5,6 +5,7 @@ It stands under names of its own in ``ec_transfer_params``, and the server takes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 WAITS = "chiasm_waits"
@@ -17,6 +18,14 @@ _NAMES = (WAITS, PREFILL_WORK)
 def with_told(params: dict[str, Any] | None, name: str, told: Any) -> dict[str, Any]:
     """Return the ``ec_transfer_params`` of an output that tells this."""
     return {**(params or {}), name: told}
+
+
+def tell(outputs: Iterable[Any], name: str, told_of: Callable[[Any], Any]) -> None:
+    """Put into each output (of vLLM's ``EngineCoreOutputs``) what ``told_of`` returns for it, unless that is None."""
+    for of_client in outputs:
+        for output in of_client.outputs:
+            if (told := told_of(output)) is not None:
+                output.ec_transfer_params = with_told(output.ec_transfer_params, name, told)
 
 
 def take_told(output: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from chiasm.engine.pace import Undisturbed
-from chiasm.integrations.vllm.outputs import PREFILL_WORK, with_told
+from chiasm.integrations.vllm.outputs import PREFILL_WORK, tell
 
 _FORGOTTEN_AT = 64
 """Requests beyond those that the scheduler has of which something is remembered: they have ended without an output."""
@@ -49,17 +49,18 @@ class PromptWork:
 
     def tell(self, outputs: Iterable[Any]) -> None:
         """Put costs into the first output and the last one (of vLLM's ``EngineCoreOutputs``) of each request."""
-        if not self._computed:
-            return
-        for of_client in outputs:
-            for output in of_client.outputs:
-                request_id = output.request_id
-                if request_id in self._computed and (request_id in self._untold or output.finished):
-                    cost = self._computed[request_id]
-                    output.ec_transfer_params = with_told(output.ec_transfer_params, PREFILL_WORK, cost)
-                    self._untold.discard(request_id)
-                    if output.finished:
-                        del self._computed[request_id]
+        if self._computed:
+            tell(outputs, PREFILL_WORK, self._news_of)
+
+    def _news_of(self, output: Any) -> float | None:
+        request_id = output.request_id
+        if output.finished:
+            self._untold.discard(request_id)
+            return self._computed.pop(request_id, None)
+        if request_id not in self._untold:
+            return None
+        self._untold.discard(request_id)
+        return self._computed[request_id]
 
     def forget_others(self, requests: Mapping[str, object]) -> None:
         """Forget requests that are not among these any more, once there are many."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from chiasm.integrations.vllm.outputs import WAITS, with_told
+from chiasm.integrations.vllm.outputs import WAITS, tell
 
 _MAX_WAITS = 16
 """Of a request, that are told."""
@@ -55,14 +55,14 @@ class Waits:
 
     def tell(self, outputs: Iterable[Any]) -> None:
         """Put waits into the outputs (vLLM's ``EngineCoreOutputs``) of those requests that have waited since they were told."""
-        if not self._untold:
-            return
-        for of_client in outputs:
-            for output in of_client.outputs:
-                if output.request_id in self._untold:
-                    self._untold.discard(output.request_id)
-                    waits = self._ended[output.request_id]
-                    output.ec_transfer_params = with_told(output.ec_transfer_params, WAITS, waits)
+        if self._untold:
+            tell(outputs, WAITS, self._news_of)
+
+    def _news_of(self, output: Any) -> list[Wait] | None:
+        if output.request_id not in self._untold:
+            return None
+        self._untold.discard(output.request_id)
+        return self._ended[output.request_id]
 
     def finish(self, request_id: str) -> list[Wait]:
         """Forget a request, and return its waits."""
