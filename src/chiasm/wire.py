@@ -15,6 +15,8 @@ from msgspec import UNSET, Raw, UnsetType
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What a decoder of msgspec raises for bytes that are not the message that it expects."""
+UNREADABLE_YAML = (*UNREADABLE, ValueError)
+"""The same for YAML, in which a date that there isn't is a ValueError."""
 
 Integer = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 """An integer that every language can hold; JSON's may have any number of digits."""

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from chiasm.errors import ConfigurationError
+from chiasm.wire import UNREADABLE_YAML
 
 VARIABLE_PREFIX = "CHIASM_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -31,7 +32,7 @@ def read_file(path: Path) -> dict[str, Any]:
         members = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any] | None) or {}
     except OSError as error:
         raise ConfigurationError(f"--config: {path} cannot be read: {error.strerror}.") from None
-    except (msgspec.MsgspecError, ValueError) as error:  # the latter for a date that there isn't
+    except UNREADABLE_YAML as error:
         raise ConfigurationError(
             f"--config: {path} is not a YAML file of options: {' '.join(str(error).split())}."
         ) from None

@@ -23,6 +23,7 @@ import msgspec
 
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key, read_private_text
+from chiasm.wire import UNREADABLE_YAML
 
 MAX_KEYS = 10_000
 MAX_REQUESTS_PER_MINUTE = 100_000
@@ -78,7 +79,7 @@ def _of_yaml(path: Path, text: str) -> list[ApiKey]:
         entries = msgspec.yaml.decode(text, type=_File).keys
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{_OPTION}: {path}: {error}.") from None
-    except (msgspec.DecodeError, ValueError) as error:  # it may quote a key; a date that there isn't is a ValueError
+    except UNREADABLE_YAML as error:  # it may quote a key
         place = re.search(r"line \d+, column \d+", str(error))
         where = f", at {place[0]}" if place else ""
         raise ConfigurationError(f"{_OPTION}: {path} is not valid YAML{where}.") from None

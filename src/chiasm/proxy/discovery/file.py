@@ -12,7 +12,7 @@ from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.http.listen import check_instance_url
 from chiasm.http.watch import FileWatch
 from chiasm.proxy.discovery.base import MAX_LISTED, Found, Source, Tell
-from chiasm.wire import UNREADABLE, Role
+from chiasm.wire import UNREADABLE_YAML, Role
 
 _log = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 20
@@ -58,7 +58,7 @@ def read_instances(path: Path) -> list[Found]:
         raise ConfigurationError(f"{path} is larger than {_MAX_BYTES >> 20} MiB.")
     try:
         entries = _decode(path, content)
-    except (*UNREADABLE, ValueError) as error:  # the latter for a date in YAML that there isn't
+    except UNREADABLE_YAML as error:
         raise ConfigurationError(
             f'{path} is not a list of instances, such as [{{"url": "http://10.0.0.5:8001", "role": "encoder"}}]: {error}.'
         ) from None
