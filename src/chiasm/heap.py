@@ -26,3 +26,16 @@ def recycle_large_buffers(*, kept_bytes: int, arenas: int) -> None:
     mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
     mallopt(_M_TRIM_THRESHOLD, kept_bytes)
     mallopt(_M_ARENA_MAX, arenas)
+
+
+def give_back() -> None:
+    """Have the C library give back all of the heap that is free, also between buffers that are in use.
+
+    glibc takes a few milliseconds for each 100 MB, in which other threads wait if they allocate. Does nothing if the C library
+    isn't glibc.
+    """
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    malloc_trim(0)

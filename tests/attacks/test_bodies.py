@@ -49,7 +49,7 @@ async def test_bodies_that_would_become_too_much_are_refused_beside_good_ones() 
                 assert await proxy.refusals(limit) == count + 2, name
             for peer in peers:
                 peer.writer.close()
-        async with asyncio.timeout(60):  # what is freed comes back when the collector has been round
+        async with asyncio.timeout(60):  # the C library gives it back after a while
             while proxy.memory_bytes >= before + 100 * MIB:
                 assert await proxy.good_client() == 200
 

@@ -49,6 +49,8 @@ class Admission:
         self._max_bytes_of_one = max(int(max_held_bytes * config.max_request_share), config.small_request_bytes)
         self._small_bytes = config.small_request_bytes
         self._held_bytes = 0
+        self.released_bytes = 0
+        """How many bytes requests have released since the start."""
         self._reading: dict[Admitted, None] = {}
         self._answered: set[Admitted] = set()
 
@@ -105,6 +107,7 @@ class Admission:
     def release(self, exchange: Admitted, size_bytes: int) -> None:
         """Count bytes as no longer held by the exchange."""
         self._held_bytes -= size_bytes
+        self.released_bytes += size_bytes
         exchange.held_bytes -= size_bytes
 
     def interrupt_all(self, reason: Exception) -> None:

@@ -24,6 +24,7 @@ from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.job import Job, Timing
 from chiasm.proxy.leases import Leases
 from chiasm.proxy.membership import OPTIONS, Listed, Membership
+from chiasm.proxy.memory import Memory
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.other_paths import kept_apart, parse_other
 from chiasm.proxy.probe import Prober
@@ -55,6 +56,7 @@ class ProxyService:
         self.admission = Admission(
             config.max_concurrent_requests, config.max_buffered_bytes, config.http, self.metrics.refusals
         )
+        self.memory = Memory()
         self.records = Records()
         self.metrics.in_flight.set_function(lambda: self.records.open)
         self.tracing = tracing_to(config.otlp_traces_endpoint, self.metrics.note_traces)
@@ -118,6 +120,7 @@ class ProxyService:
         await self.router.close()
         await self.prober.close()
         await self.upstream.close()
+        await self.memory.close()
         if self.tracing is not None:
             await self.tracing.close()
         self._parsers.shutdown(wait=False, cancel_futures=True)
@@ -144,6 +147,7 @@ class ProxyService:
                 raise _stopping()
 
         def count(exchange: Exchange) -> None:
+            self.memory.note_released(self.admission.released_bytes)
             record = self.records.end(exchange, path)
             if self.tracing is not None:
                 self.tracing.offer(record)
