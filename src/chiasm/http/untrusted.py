@@ -45,15 +45,12 @@ def read_json(decoder: Decoder[_T_co], body: bytes) -> _T_co:
         raise InvalidRequestError(
             f"{what} {f'at {where}' if where else 'as the body'}.", param=field and field[1]
         ) from None
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"The body is not valid JSON: it is not in UTF-8{_near(body, error)}.", code=Code.INVALID_JSON
-        ) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if not body.strip():
             raise InvalidRequestError("The body is empty; send a JSON object.", code=Code.INVALID_JSON) from None
+        why = "it is not in UTF-8" if _is_of_encoding(error) else str(error)
         raise InvalidRequestError(
-            f"The body is not valid JSON: {error}{_near(body, error)}.", code=Code.INVALID_JSON
+            f"The body is not valid JSON: {why}{_near(body, error)}.", code=Code.INVALID_JSON
         ) from None
     except RecursionError:
         raise InvalidRequestError("The body is nested too deeply.", code=Code.INVALID_JSON) from None
@@ -64,6 +61,11 @@ def whole_number(header: str, text: str) -> int:
     if not _WHOLE_NUMBER.fullmatch(text.strip()):
         raise InvalidRequestError(f"{header} must be a whole number of at most 18 digits.")
     return int(text)
+
+
+def _is_of_encoding(error: Exception) -> bool:
+    """Whether it says that the body is not in UTF-8: msgspec has an error of its own for that since version 0.23."""
+    return isinstance(error, UnicodeDecodeError) or "UTF-8" in str(error)
 
 
 def _near(body: bytes, error: Exception) -> str:
