@@ -39,9 +39,9 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
         return
     if threading.current_thread() is threading.main_thread() or str(arguments[0]).startswith("/proc/"):
         return  # a test does what it likes, and the kernel's own files make nobody wait
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None)]
-    if any("importlib" in file or "linecache" in file for file, _ in frames):
-        return  # a module is imported once, and a line is read for the traceback of what must never happen
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1))]
+    if any(file == traceback.__file__ or "importlib" in file or "linecache" in file for file, _ in frames):
+        return  # a module is imported once, and files are read for the traceback of what must never happen
     where = [f"{file}:{line}" for file, line in frames if "/chiasm/" in file]
     for seen in _watches:
         seen.append(f"{event} {arguments[:1]} at {' < '.join(where[:3])}")
