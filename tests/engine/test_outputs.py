@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from chiasm.engine.outputs import Detokenizer
 from chiasm.engine.request import SamplingParams
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -31,10 +33,13 @@ def run(tokenizer: Tokenizer, text: str, prompt: str = "", **params: Any) -> tup
         pieces.append(step.text)
         if step.stop is not None:
             return pieces, step.stop
-    return [*pieces, detokenizer.finish()], None
+    text, stop = detokenizer.finish()
+    return [*pieces, text], stop
 
 
-@pytest.mark.parametrize("text", ["hello world", "naïve café", "日本語 🙂 x", " leading"])
+@pytest.mark.parametrize(
+    "text", ["hello world", "naïve café", "日本語 🙂 x", " leading", f"a{BROKEN}", f"{BROKEN} b{BROKEN}{BROKEN}"]
+)
 def test_the_pieces_add_up_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     pieces, stop = run(tokenizer, text)
     assert "".join(pieces) == text
@@ -47,19 +52,36 @@ def test_an_incomplete_character_is_held_back(tokenizer: Tokenizer) -> None:
     assert "".join(pieces) == "é"
 
 
+def test_a_character_that_stays_incomplete_is_given_out_at_the_end_as_the_tokenizer_does(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("one \N{SNOWMAN}").ids[:-1]
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), [])
+    pieces = [detokenizer.add(token_id).text for token_id in token_ids]
+    assert "".join(pieces) == "one "
+    assert detokenizer.finish().text == tokenizer.decode(token_ids).removeprefix("one ") == BROKEN
+
+
+def test_no_token_is_lost_where_the_next_one_changes_how_earlier_ones_decode() -> None:
+    tokens = ["<0xE2>", "<0x98>", "<0x83>", "b"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), [])
+    pieces = [detokenizer.add(token_id).text for token_id in (0, 1, 2, 0, 3)]
+    assert "".join(pieces) == f"\N{SNOWMAN}{BROKEN}b"
+
+
 def test_the_prompt_is_not_repeated(tokenizer: Tokenizer) -> None:
     assert "".join(run(tokenizer, " there", prompt="hello")[0]) == " there"
 
 
 def test_a_prompt_that_ends_with_a_replacement_character_is_not_repeated(tokenizer: Tokenizer) -> None:
-    assert "".join(run(tokenizer, " there", prompt="hello \N{REPLACEMENT CHARACTER}")[0]) == " there"
+    assert "".join(run(tokenizer, " there", prompt=f"hello {BROKEN}")[0]) == " there"
 
 
 def test_a_prompt_of_tokens_that_ends_within_a_character_is_not_repeated(tokenizer: Tokenizer) -> None:
     *prompt_token_ids, last_byte = tokenizer.encode("hello \N{SNOWMAN}").ids
     detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), prompt_token_ids)
     pieces = [detokenizer.add(token_id).text for token_id in [last_byte, *tokenizer.encode(" there").ids]]
-    assert "".join(pieces) == "\N{REPLACEMENT CHARACTER} there"
+    assert "".join(pieces) == f"{BROKEN} there"
 
 
 def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
@@ -84,6 +106,12 @@ def test_an_incomplete_stop_string_is_given_out_at_the_end(tokenizer: Tokenizer)
     assert "".join(run(tokenizer, "a STO", stop=("STOP",))[0]) == "a STO"
 
 
+@pytest.mark.parametrize("text", [f"a{BROKEN}", f"a{BROKEN}b"])
+def test_a_replacement_character_is_a_stop_string_also_at_the_end(tokenizer: Tokenizer, text: str) -> None:
+    pieces, stop = run(tokenizer, text, stop=(BROKEN,))
+    assert ("".join(pieces), stop) == ("a", BROKEN)
+
+
 def test_the_first_of_several_stop_strings_counts(tokenizer: Tokenizer) -> None:
     pieces, stop = run(tokenizer, "x one two", stop=("two", "one"))
     assert ("".join(pieces), stop) == ("x ", "one")
@@ -106,7 +134,7 @@ def test_tokens_that_complete_no_character_are_not_held_for_ever(tokenizer: Toke
     detokenizer = Detokenizer(tokenizer, SamplingParams(max_tokens=1000), [])
     pieces = [detokenizer.add(first_byte).text for _ in range(64)]
     assert [len(piece) for piece in pieces if piece] == [16] * 4
-    assert set("".join(pieces)) == {"\N{REPLACEMENT CHARACTER}"}
+    assert set("".join(pieces)) == {BROKEN}
     assert (
         "".join(detokenizer.add(token_id).text for token_id in tokenizer.encode("ok \N{SNOWMAN}").ids)
         == "ok \N{SNOWMAN}"

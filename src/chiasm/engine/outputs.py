@@ -27,7 +27,11 @@ class TextStep(NamedTuple):
 
 
 class Detokenizer:
-    """The text of one growing answer. Holds back incomplete characters and text that may become a stop string."""
+    """The text of one growing answer. Holds back incomplete characters and text that may become a stop string.
+
+    The pieces add up to what the tokenizer makes of all tokens. There an incomplete character is U+FFFD, which may as well be
+    what a token says: so what ends with it is held back too, until the next token or the end.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         # The last tokens of the prompt decide whether the first of the answer begins with a space.
@@ -45,20 +49,22 @@ class Detokenizer:
         """Return the text that this token makes certain. Stop strings count only beyond ``min_tokens``."""
         self._num_tokens += 1
         self._pending += self._decode(token_id)
-        stops = self._params.stop
-        if not stops:
-            return self._take(len(self._pending), None)
+        return self._take_certain(self._held_back())
+
+    def finish(self) -> TextStep:
+        """Return the text that was held back, up to a stop string in it, when the answer ends with the last token."""
+        self._pending += self._decode_held()
+        return self._take_certain(0)
+
+    def _take_certain(self, held_back: int) -> TextStep:
+        """Take the text up to a stop string, or all but the last ``held_back`` characters."""
         if self._num_tokens > self._params.min_tokens:
-            found = [(position, stop) for stop in stops if (position := self._pending.find(stop)) >= 0]
+            found = [(position, stop) for stop in self._params.stop if (position := self._pending.find(stop)) >= 0]
             if found:
                 position, stop = min(found)
                 kept = len(stop) if self._params.include_stop_str_in_output else 0
                 return self._take(position + kept, stop)
-        return self._take(len(self._pending) - self._held_back(), None)
-
-    def finish(self) -> str:
-        """Return the text that was held back, when the answer ends without a stop string."""
-        return self._take(len(self._pending), None).text
+        return self._take(len(self._pending) - held_back, None)
 
     def _decode(self, token_id: int) -> str:
         text = self._step(token_id)
@@ -68,19 +74,23 @@ class Detokenizer:
         self._held.append(token_id)  # the stream decodes all of them again with each token
         if len(self._held) < _MAX_HELD_TOKENS:
             return ""
+        before = self._held[-8:]
+        text = self._decode_held()
         skip = self._params.skip_special_tokens
-        text = self._tokenizer.decode(self._held, skip_special_tokens=skip)
-        before = [] if text.endswith(_BROKEN) else self._held[-8:]
-        self._stream = DecodeStream(before, skip_special_tokens=skip)
-        self._held.clear()
+        self._stream = DecodeStream([] if text.endswith(_BROKEN) else before, skip_special_tokens=skip)
         return text
+
+    def _decode_held(self) -> str:
+        """Return the text of the tokens that completed no character, and hold them no longer."""
+        held, self._held = self._held, []
+        return self._tokenizer.decode(held, skip_special_tokens=self._params.skip_special_tokens)
 
     def _step(self, token_id: int) -> str:
         try:
             return self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # tokenizers raises a bare Exception if this token changes how earlier ones decode
             self._stream = DecodeStream(skip_special_tokens=self._params.skip_special_tokens)
-            return self._stream.step(self._tokenizer, token_id) or ""
+            return self._decode_held() + (self._stream.step(self._tokenizer, token_id) or "")
 
     def _held_back(self) -> int:
         """Return the length of the longest suffix of the text that begins a stop string."""
@@ -163,15 +173,16 @@ class Choice:
         params = self._request.sampling
         enough = number >= params.min_tokens
         if enough and not params.ignore_eos and token_id in self._eos_token_ids:
-            return _Addition(self._detokenizer.finish(), "stop")
-        if enough and token_id in params.stop_token_ids:
-            return _Addition(self._detokenizer.finish(), "stop", token_id)
-        text, stop = self._detokenizer.add(token_id)
-        if stop is not None:
+            text, stop = self._detokenizer.finish()
             return _Addition(text, "stop", stop)
-        if number >= params.max_tokens or self.sequence.num_prompt + number >= self._max_model_len:
-            return _Addition(text + self._detokenizer.finish(), "length")
-        return _Addition(text)
+        if enough and token_id in params.stop_token_ids:
+            text, stop = self._detokenizer.finish()
+            return _Addition(text, "stop", token_id if stop is None else stop)
+        text, stop = self._detokenizer.add(token_id)
+        if stop is None and (number >= params.max_tokens or self.sequence.num_prompt + number >= self._max_model_len):
+            rest, stop = self._detokenizer.finish()
+            return _Addition(text + rest, "length" if stop is None else "stop", stop)
+        return _Addition(text) if stop is None else _Addition(text, "stop", stop)
 
     def _output(
         self,
