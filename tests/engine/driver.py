@@ -229,8 +229,7 @@ class Driver:
             if not sequence.items or sequence.prompt_computed or sequence.num_remote:
                 continue
             start = sequence.num_computed if sequence.is_running else items.num_cached_tokens(sequence)
-            known = items._of(sequence).start
-            assert known == start or not (sequence.is_running or sequence.items_between(known, start) or known > start)
+            assert items._of(sequence).start == start
             is_stalled = items.runnable_end(sequence, start, sequence.num_tokens) == start
             assert is_stalled or not items.is_stalled(sequence), "a sequence that could run is held back"
             needed = [item.identifier for item in items._next_items(sequence)]
@@ -249,6 +248,7 @@ class Driver:
             and not any(sequence.held or sequence.block_ids for sequence in self.sequences)
             and not scheduler.items._known
             and not scheduler.items._known_by_item
+            and not scheduler.items._known_by_next_block
         )
 
 

@@ -13,6 +13,7 @@ from chiasm.due import BEFORE_ALL_NEW
 from chiasm.engine.local_encoder import choose
 from chiasm.engine.shares import largest_share
 from chiasm.errors import InvalidRequestError, OverloadedError
+from chiasm.models.base import Prompt
 from tests.engine.driver import Driver, chunks, prompt
 
 
@@ -454,6 +455,22 @@ def test_a_cached_item_needs_no_embedding() -> None:
     driver.stored = set()
     driver.add(prompt(2, ("a", 4), 6), max_tokens=1)
     assert chunks(driver.step()) == [(8, 12)]
+
+
+def test_an_image_is_not_waited_for_once_an_answer_has_completed_its_last_block() -> None:
+    """The block of the image's end is full only with tokens of the answer, which the waiting prompt repeats."""
+    driver = Driver(max_num_seqs=1, min_text_before_item=8)
+    driver.stored = {"a"}
+    question = prompt(2, ("a", 4), 1)
+    answered = driver.add(question, max_tokens=4)
+    driver.run_until(lambda: answered.num_output == 1)
+    history = Prompt([*question.token_ids, *range(1000, 1004), 7], question.items)
+    driver.stored = set()
+    driver.scheduler.item_lost("a")
+    follow_up = driver.add(history, max_tokens=1, due=1.0)
+    driver.run_until(lambda: answered.finished)
+    assert not driver.scheduler.items.is_stalled(follow_up)
+    driver.run()
 
 
 def test_another_image_at_the_same_place_is_not_taken_for_the_cached_one() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeVar
 
-from chiasm.engine.block_manager import BlockManager
+from chiasm.engine.block_manager import BlockHash, BlockManager
 from chiasm.engine.encoder_cache_manager import EncoderCacheManager, Rank
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.models.base import PromptItem
+
+_K = TypeVar("_K")
 
 
 @dataclass
@@ -23,6 +26,8 @@ class _Known:
     """The first token that would be computed if it were scheduled now."""
     blocks: frozenset[int]
     """Blocks of the prefix cache on which that rests."""
+    next_block: BlockHash | None
+    """The block after those, on whose absence it rests; None if there is none that could be used."""
     stalled: bool | None = None
     """What ``is_stalled`` has answered."""
     will_stall: bool | None = None
@@ -61,6 +66,8 @@ class LateItems:
         """By sequence. Of one that has ended nothing is kept."""
         self._known_by_item: dict[str, set[str]] = {}
         """The sequences in ``_known`` that have an item, by its identifier."""
+        self._known_by_next_block: dict[BlockHash, set[str]] = {}
+        """The sequences in ``_known`` whose ``next_block`` this is."""
         self._found_blocks: set[int] = set()
         """All blocks on which something known rests, and perhaps others."""
 
@@ -77,11 +84,13 @@ class LateItems:
             self._changes += 1
             self._forget(sequence.sequence_id)
 
-    def note_computed(self, sequence: Sequence) -> None:
-        """Note that a part of the sequence's prompt was computed, which others that share its items may find cached."""
-        self.note_change(sequence)
-        for item in sequence.items:
-            self._forget_item(item.identifier)
+    def note_remembered(self, blocks: Iterable[BlockHash]) -> None:
+        """Note that blocks are in the prefix cache."""
+        for block in blocks:
+            if names := self._known_by_next_block.get(block):
+                self._changes += 1
+                for name in list(names):
+                    self._forget(name)
 
     def note_overwritten(self, blocks: Collection[int]) -> None:
         """Note that blocks are no longer in the prefix cache."""
@@ -103,15 +112,19 @@ class LateItems:
     def _find_out(self, sequence: Sequence) -> _Known:
         identifiers = frozenset(item.identifier for item in sequence.items)
         if sequence.is_running:
-            known = _Known(identifiers, sequence.num_computed, frozenset())
+            known = _Known(identifiers, sequence.num_computed, frozenset(), None)
         else:
-            prefix = self.cached_prefix(sequence)
-            known = _Known(identifiers, len(prefix) * self._block_manager.block_size, frozenset(prefix))
+            usable = self._usable_prefix(sequence)
+            prefix = self._block_manager.find(usable)
+            next_block = usable[len(prefix)] if len(prefix) < len(usable) else None
+            known = _Known(identifiers, len(prefix) * self._block_manager.block_size, frozenset(prefix), next_block)
         if not sequence.finished:
             self._known[sequence.sequence_id] = known
             self._found_blocks |= known.blocks
             for identifier in identifiers:
                 self._known_by_item.setdefault(identifier, set()).add(sequence.sequence_id)
+            if known.next_block is not None:
+                self._known_by_next_block.setdefault(known.next_block, set()).add(sequence.sequence_id)
         return known
 
     def _forget_item(self, identifier: str) -> None:
@@ -120,11 +133,12 @@ class LateItems:
 
     def _forget(self, sequence_id: str) -> None:
         known = self._known.pop(sequence_id, None)
-        for identifier in known.identifiers if known is not None else ():
-            names = self._known_by_item[identifier]
-            names.remove(sequence_id)
-            if not names:
-                del self._known_by_item[identifier]
+        if known is None:
+            return
+        for identifier in known.identifiers:
+            _leave(self._known_by_item, identifier, sequence_id)
+        if known.next_block is not None:
+            _leave(self._known_by_next_block, known.next_block, sequence_id)
 
     # ---- what is needed ---------------------------------------------------------------------------------------------
 
@@ -145,9 +159,12 @@ class LateItems:
         return len(item.geometry.rows) * self._entry_bytes_per_row
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Return the prefix cache's blocks for the sequence, without its last token, which must run to make the logits."""
-        usable = (sequence.num_tokens - 1) // self._block_manager.block_size
-        return self._block_manager.find(sequence.block_hashes()[:usable])
+        """Return the prefix cache's blocks for the sequence."""
+        return self._block_manager.find(self._usable_prefix(sequence))
+
+    def _usable_prefix(self, sequence: Sequence) -> list[BlockHash]:
+        """Return the sequence's full blocks without its last token, which must run to make the logits."""
+        return sequence.block_hashes()[: (sequence.num_tokens - 1) // self._block_manager.block_size]
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """Return how many tokens of a waiting sequence the prefix cache holds now."""
@@ -242,15 +259,6 @@ class LateItems:
         needed = {item.identifier: self.entry_bytes(item) for item in rest}
         return sum(needed.values()) > self._encoder_cache.capacity_bytes
 
-    def note_stalled(self, sequence: Sequence) -> None:
-        """Note that a sequence that waits to run can't be admitted because an embedding is missing.
-
-        The prefix cache may have grown since that was asked last. Then less text is left before the item, and items may be
-        needed next that were too far off before.
-        """
-        self.note_change(sequence)
-        self._of(sequence).stalled = True
-
     # ---- room -------------------------------------------------------------------------------------------------------
 
     def make_room(self, sequence: Sequence, item: PromptItem) -> bool:
@@ -286,3 +294,10 @@ class LateItems:
 def _rank(sequence: Sequence) -> Rank:
     """Return the rank for room in the encoder cache: lower evicts higher, and running comes before waiting."""
     return not sequence.is_running, *sequence.order
+
+
+def _leave(index: dict[_K, set[str]], key: _K, name: str) -> None:
+    """Take a name out of an index, and the key with its last one."""
+    index[key].remove(name)
+    if not index[key]:
+        del index[key]

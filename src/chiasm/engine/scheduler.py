@@ -224,7 +224,7 @@ class Scheduler:
                 continue
             sequence.num_computed = part.end
             if part.start < sequence.num_prompt:
-                self.items.note_computed(sequence)
+                self.items.note_change(sequence)
                 self._moves += sequence.prompt_computed
             self._remember_blocks(sequence, part.start)
             self.items.release_computed(sequence)
@@ -311,9 +311,7 @@ class Scheduler:
         prefix = self.items.cached_prefix(sequence)
         start = len(prefix) * self.block_manager.block_size
         end = self._chunk_end(sequence, start, budget, extra)
-        if end == start:
-            self.items.note_stalled(sequence)
-            self._moves += 1
+        if end == start:  # blocks of its prefix were given away in this step
             return False
         needed = self.block_manager.blocks_for(end) - len(prefix)
         while self.block_manager.num_free_after_sharing(prefix) < needed:
@@ -364,6 +362,7 @@ class Scheduler:
             hashes = sequence.block_hashes()
             for index in full:
                 self.block_manager.remember(sequence.block_ids[index], hashes[index])
+            self.items.note_remembered(hashes[full.start : full.stop])
 
     def _schedule_prefill(self, sequence: Sequence, budget: int, extra: int, step: Step) -> int | None:
         """Add the sequence's next chunk to the step; return its number of tokens.
