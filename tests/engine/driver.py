@@ -164,6 +164,8 @@ class Driver:
             self.encode()
         step = self.scheduler.schedule(self.mixed)
         self.check(step)
+        for sequence in step.put_back:
+            self.scheduler.loaded(sequence)
         samples = [part.sequence for part in step.scheduled if part.samples]
         self.scheduler.complete(step, {sequence.sequence_id: next(self._tokens) for sequence in samples})
         for sequence in samples:
@@ -210,9 +212,9 @@ class Driver:
                 assert item.identifier in scheduler.encoder_cache, "a chunk reaches into an item that is not there"
         assert scheduler.encoder_cache.used_bytes <= scheduler.encoder_cache.capacity_bytes
         blocks = scheduler.block_manager
-        for sequence in step.load:
+        for sequence in step.load + step.put_back:
             assert sequence in scheduler.loading
-            assert len(sequence.block_ids) == blocks.blocks_for(sequence.num_remote + 1)
+            assert len(sequence.block_ids) == blocks.blocks_for(sequence.num_tokens)
         held = {block for sequence in scheduler.running + scheduler.loading for block in sequence.block_ids}
         left = [block for blocks in scheduler._left_behind.values() for block in blocks]
         held.update(left)

@@ -238,23 +238,39 @@ async def test_a_full_decode_engine_makes_requests_wait(start: Start) -> None:
     await until(pair.is_empty)
 
 
-async def test_a_decode_engine_out_of_blocks_fails_one_answer_about_an_image_as_preempted(
-    start: Start, encoder: Encoder
-) -> None:
+def short_of_blocks(start: Start, *parts: str | ImageFile, tokens: int) -> Pair:
+    """Return engines of which decode has room for one answer of so many tokens, and for another prompt."""
     prefill = start(Role.PREFILL, block_size=4)
-    await encoder.encode(A)
-    length = len(prefill.prompt(A, "number 1").token_ids)
-    # Room for both prompts and one answer: however late the second comes, both can't be finished.
-    tokens = 100
+    length = len(prefill.prompt(*parts).token_ids)
     num_blocks = 2 * -(-length // 4) + tokens // 4 + 1
     limits = {"kv_cache_bytes": prefill.bytes_per_block * num_blocks, "max_model_len": length + tokens + 4}
-    pair = Pair(prefill, start(Role.DECODE, block_size=4, **limits))
-    handles = [await pair.begin(A, f"number {n}") for n in (1, 2)]
-    asked = [pair.go_on(handle, A, f"number {n}", max_tokens=tokens) for n, handle in zip((1, 2), handles, strict=True)]
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    broken = [answer for answer in answers if isinstance(answer, KVUnavailableError)]
-    assert [error.code for error in broken] == ["preempted"]
-    assert len([answer for answer in answers if isinstance(answer, Answer)]) == 1
+    return Pair(prefill, start(Role.DECODE, block_size=4, **limits))
+
+
+async def test_answers_about_images_for_which_decode_is_short_of_blocks_all_end(start: Start, encoder: Encoder) -> None:
+    """However late the second comes, both can't be finished at the same time."""
+    pair = short_of_blocks(start, A, "number 1", tokens=100)
+    await encoder.encode(A)
+    messages = [(A, f"number {n}") for n in (1, 2)]
+    expected = [(await start(Role.AGGREGATED).ask(*parts, max_tokens=100)).token_ids for parts in messages]
+    answers = await asyncio.gather(*[pair.ask(*parts, max_tokens=100) for parts in messages])
+    assert [answer.token_ids for answer in answers] == expected
+    assert pair.decode.engine.stats().preemptions > 0
+    await until(pair.is_empty)
+
+
+async def test_choices_about_an_image_for_which_decode_is_short_of_blocks_all_end(
+    start: Start, encoder: Encoder
+) -> None:
+    options: dict[str, Any] = {"choices": 4, "temperature": 1.0, "seed": 9, "max_tokens": 100}
+    pair = short_of_blocks(start, "what is", A, tokens=100)
+    await encoder.encode(A)
+    expected = await start(Role.AGGREGATED).choices("what is", A, **options)
+    first = await pair.prefill.ask("what is", A, kv=KVTransferParams(do_remote_decode=True), temperature=1.0, seed=9)
+    handle = msgspec.structs.replace(first.handle, output_token_ids=[])
+    answers = await pair.decode.choices("what is", A, kv=handle, **options)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert pair.decode.engine.stats().preemptions > 0
     await until(pair.is_empty)
 
 

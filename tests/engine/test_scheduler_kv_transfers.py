@@ -181,10 +181,11 @@ def test_reporting_blocks_as_read_twice_changes_nothing() -> None:
     assert driver.nothing_is_left()
 
 
+@pytest.mark.parametrize(("blocks", "recomputes_items"), [(24, True), (10, False)])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_arrivals_loads_and_ends_frees_everything(seed: int) -> None:
+def test_any_order_of_arrivals_loads_and_ends_frees_everything(seed: int, blocks: int, recomputes_items: bool) -> None:
     rng = random.Random(seed)
-    driver = Driver(blocks=24, block_size=4, max_num_seqs=4, budget=16)
+    driver = Driver(blocks=blocks, block_size=4, max_num_seqs=4, budget=16, recomputes_items=recomputes_items)
     for number in range(40):
         for sequence in list(driver.scheduler.loading):
             if rng.random() < 0.5:
@@ -236,6 +237,23 @@ def test_the_youngest_is_preempted_only_when_no_sequence_can_continue() -> None:
     assert step.preempted == [second]
     driver.scheduler.finish(second)
     driver.run_until(lambda: first.finished)
+    assert driver.nothing_is_left()
+
+
+def test_the_kv_of_a_prompt_with_items_is_set_aside_until_there_is_room_for_all_of_the_answer_so_far() -> None:
+    driver = Driver(blocks=6, block_size=4, recomputes_items=False)
+    first, second = decoding(driver, 7, 7, max_tokens=15)
+    while not (step := driver.step()).set_aside:
+        assert not step.preempted
+    ((sequence, block_ids),) = step.set_aside
+    assert (sequence, len(block_ids)) == (second, 2)
+    before = second.num_output
+    while not (step := driver.step()).put_back:
+        assert not step.set_aside
+    assert first.finished
+    assert chunks(driver.step()) == [(7, 7 + before)]
+    driver.run_until(lambda: second.finished)
+    assert second.num_output == 15
     assert driver.nothing_is_left()
 
 

@@ -1,10 +1,10 @@
 """The built-in engine: what schedules requests, runs the model and samples tokens. It knows no HTTP.
 
 A request to the language model passes ``engine`` (LanguageEngine.generate), ``inbox``, ``step_loop``, ``request_state``,
-``embeddings`` with ``local_encoder`` and ``kv_transfers`` (what it has to wait for), ``scheduler`` with ``late_items``,
-``due``, ``shares``, ``preemption``, ``sequence``, ``block_manager`` and ``encoder_cache_manager``, ``step``, ``step_faults``,
-``model_runner`` with ``attention``, ``grammar``, ``logit_changes`` and ``sampler`` with ``candidates``, and ``outputs``. An
-encoder's request passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and
+``embeddings`` with ``local_encoder`` and ``kv_transfers`` with ``set_aside`` (what it has to wait for), ``scheduler`` with
+``late_items``, ``due``, ``shares``, ``preemption``, ``sequence``, ``block_manager`` and ``encoder_cache_manager``, ``step``,
+``step_faults``, ``model_runner`` with ``attention``, ``grammar``, ``logit_changes`` and ``sampler`` with ``candidates``, and
+``outputs``. An encoder's request passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and
 :mod:`chiasm.kv_transfer`.
 """
 

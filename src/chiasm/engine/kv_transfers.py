@@ -18,6 +18,7 @@ from chiasm.engine.request import GenerateRequest, Output
 from chiasm.engine.request_state import RequestState
 from chiasm.engine.scheduler import Scheduler
 from chiasm.engine.sequence import Sequence
+from chiasm.engine.set_aside import SetAside
 from chiasm.engine.step import Step
 from chiasm.errors import ChiasmError, Code, InvalidRequestError, KVUnavailableError
 from chiasm.kv_transfer import KVConnector, KVConnectorMetadata, KVLayout
@@ -50,6 +51,7 @@ class KVTransfers:
         self._failed: set[str] = set()
         """The requests here on which the connector has failed, which is logged once for each."""
         self._num_failed = 0
+        self._set_aside: SetAside | None = None
         self._cannot_tell = False
         """Whether the last ``get_finished`` raised an error."""
 
@@ -72,6 +74,7 @@ class KVTransfers:
             dtype=str(language.dtype).removeprefix("torch."),
             bytes_per_block=kv_cache.blocks.shape[1],
         )
+        self._set_aside = SetAside(kv_cache.blocks)
         self._worker_role.register_kv_caches(kv_cache.blocks, layout, wake)
         self._scheduler_role.set_xfer_handshake_metadata(self._worker_role.get_handshake_metadata())
 
@@ -198,6 +201,29 @@ class KVTransfers:
         except Exception as error:
             raise self._failure(request.request_id, "claim the KV of", error) from error
 
+    def move_aside(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
+        """Keep the KV that the step sets aside, and put back what it has blocks for again.
+
+        Return the requests for which there is no memory.
+        """
+        assert self._set_aside is not None
+        lost = [one for one, block_ids in step.set_aside if not self._set_aside.keep(one, block_ids)]
+        for sequence in step.put_back:
+            first = sequence.num_computed // self._scheduler.block_manager.block_size
+            self._set_aside.put_back(sequence, sequence.block_ids, first)
+            self._scheduler.loaded(sequence)
+        return [
+            (
+                states[sequence.request_id],
+                KVUnavailableError(
+                    "Preempted: this instance ran out of KV blocks and of memory to set KV aside, and a decode instance "
+                    "cannot recompute image tokens. Have the prompt prefilled again.",
+                    code=Code.PREEMPTED,
+                ),
+            )
+            for sequence in lost
+        ]
+
     def load(self, step: Step, states: Mapping[str, RequestState]) -> list[tuple[RequestState, ChiasmError]]:
         """Have the blocks filled that the step gave to sequences, except for those that the prefix cache shares.
 
@@ -267,6 +293,8 @@ class KVTransfers:
 
     def drop(self, request: GenerateRequest) -> None:
         """Note that the request ended here, for whatever reason."""
+        if self._set_aside is not None:
+            self._set_aside.drop(request.request_id)
         doing = f"drop request {request.request_id}"
         is_known = request.request_id in self._failed
         self._failed.discard(request.request_id)
@@ -300,7 +328,7 @@ class KVTransfers:
         waiting = {
             request_id: state
             for request_id, state in states.items()
-            if any(sequence.num_remote and not sequence.finished for sequence in state.sequences)
+            if any(one.num_remote and not one.is_set_aside and not one.finished for one in state.sequences)
         }
         if waiting or not self._cannot_tell:
             lost = f", so the KV of these requests counts as lost: {', '.join(waiting)}" if waiting else ""

@@ -49,7 +49,7 @@ class SchedulerConfig:
     """Size of one row of an embedding in the encoder cache."""
     recomputes_items: bool = True
     """Whether a preempted sequence with items can be recomputed here. If not (decode), it is not preempted while any other
-    sequence can continue."""
+    sequence can continue, and the KV of its prompt is set aside."""
 
 
 class Scheduler:
@@ -136,7 +136,7 @@ class Scheduler:
         if sequence.finished:
             self._let_go(sequence)
             return
-        sequence.num_computed, sequence.num_remote = sequence.num_remote, 0
+        sequence.num_computed, sequence.num_remote, sequence.is_set_aside = sequence.num_remote, 0, False
         self._remember_blocks(sequence, 0)
         self._join_running(sequence)
 
@@ -324,20 +324,20 @@ class Scheduler:
         return True
 
     def _receive(self, sequence: Sequence, step: Step) -> bool | None:
-        """Give a waiting sequence all blocks that it needs for its KV from another instance; return None if they are short.
+        """Give a waiting sequence all blocks that it needs beside its KV from elsewhere; return None if they are short.
 
         One block stays free for each running sequence, so that KV is not preempted as soon as it has arrived.
         """
         prefix = self.block_manager.find(
             sequence.block_hashes()[: sequence.num_remote // self.block_manager.block_size]
         )
-        needed = self.block_manager.blocks_for(sequence.num_remote + 1) - len(prefix)
+        needed = self.block_manager.blocks_for(sequence.num_tokens) - len(prefix)
         if self.block_manager.num_free_after_sharing(prefix) < needed + len(self.running):
             return None
         self._take_prefix(sequence, prefix)
         sequence.block_ids += self._allocate(needed)
         self.loading.append(sequence)
-        step.load.append(sequence)
+        (step.put_back if sequence.is_set_aside else step.load).append(sequence)
         return True
 
     def _take_prefix(self, sequence: Sequence, prefix: list[int]) -> None:
@@ -399,12 +399,16 @@ class Scheduler:
 
     def _is_stuck(self, step: Step) -> bool:
         """Return whether nothing can continue until a running sequence gives up its blocks."""
-        return bool(self.running) and not (step.scheduled or step.load or step.preempted or self.loading)
+        return bool(self.running) and not (step.scheduled or step.preempted or self.loading)
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave_running(sequence)
         _insert(self.waiting, sequence)
         self.items.note_change(sequence)
+        if sequence.items and not self.config.recomputes_items:
+            sequence.is_set_aside, sequence.num_remote = True, min(sequence.num_computed, sequence.num_prompt)
+            num_blocks = self.block_manager.blocks_for(sequence.num_remote)
+            step.set_aside.append((sequence, sequence.block_ids[:num_blocks]))
         self._let_go(sequence)
         step.preempted.append(sequence)
         self.num_preemptions += 1

@@ -60,7 +60,9 @@ class Sequence:
         self.num_cached = 0
         """Prompt tokens that the prefix cache held when the sequence was first scheduled."""
         self.num_remote = num_remote
-        """Number of tokens, from the first, whose KV is still to come from another instance."""
+        """Number of tokens, from the first, whose KV is still to come from another instance, or from where it was set aside."""
+        self.is_set_aside = False
+        """Whether its blocks were taken, and the KV that can't be computed again is kept elsewhere in this instance."""
         self.was_scheduled = False
         self.is_running = False
         """Whether it is among those that run: admitted, and neither preempted nor at its end."""

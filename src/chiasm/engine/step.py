@@ -30,6 +30,10 @@ class Step:
     preempted: list[Sequence] = field(default_factory=list)
     load: list[Sequence] = field(default_factory=list)
     """Sequences that have just received blocks for KV from another instance."""
+    set_aside: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    """Preempted sequences that can't be computed again, with the blocks that have their first ``num_remote`` tokens."""
+    put_back: list[Sequence] = field(default_factory=list)
+    """Sequences that have just received blocks for KV that was set aside."""
 
     @property
     def scheduled(self) -> list[ScheduledSequence]:

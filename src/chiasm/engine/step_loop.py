@@ -240,7 +240,7 @@ class StepLoop:
         self._embeddings.drop_evicted()
         self._start_loads(step)
         if not step.scheduled:
-            return bool(step.preempted)
+            return bool(step.preempted or step.put_back)
         self._fail_in(step, self._embeddings.unusable(step, self.states))
         self._note_scheduled(step)
         if not step.scheduled:
@@ -270,21 +270,11 @@ class StepLoop:
         return max(rows, self._costs.decode_step_seconds) if rows else math.inf
 
     def _start_loads(self, step: Step) -> None:
-        """Have the blocks filled that the step gave to sequences whose KV is on another instance (decode role)."""
+        """Have the blocks filled that the step gave to sequences whose KV is elsewhere (decode role)."""
         if self._kv_transfers is None:
             return
+        self._fail_in(step, self._kv_transfers.move_aside(step, self.states))
         self._fail_in(step, self._kv_transfers.load(step, self.states))
-        lost = [sequence for sequence in step.preempted if sequence.items and self._config.role is Role.DECODE]
-        states = [self.states[sequence.request_id] for sequence in lost if sequence.request_id in self.states]
-        self._fail_in(step, [(state, self._preempted_error()) for state in states])
-
-    @staticmethod
-    def _preempted_error() -> ChiasmError:
-        return KVUnavailableError(
-            "Preempted: this instance ran out of KV blocks, and a decode instance cannot recompute image tokens. "
-            "Have the prompt prefilled again.",
-            code=Code.PREEMPTED,
-        )
 
     def _note_scheduled(self, step: Step) -> None:
         now = time.monotonic()

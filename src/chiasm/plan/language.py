@@ -77,8 +77,6 @@ class PlannedStep:
     shape: StepShape
     load: tuple[str, ...] = ()
     """Requests whose KV may now come from the prefill instance."""
-    failed: tuple[str, ...] = ()
-    """Requests about images that a decode instance has preempted, and cannot compute again."""
 
     @property
     def runs(self) -> bool:
@@ -160,13 +158,8 @@ class LanguageInstance:
                 scheduler.item_arrived(sequence, item)
         step = scheduler.schedule(self._fluency.prefill_rows(now))
         scheduler.encoder_cache.take_evicted()
-        failed: list[str] = []
-        if self.role is Role.DECODE:
-            for sequence in step.preempted:
-                if sequence.items:
-                    self._end(sequence)
-                    failed.append(sequence.request_id)
-            step.drop_finished()
+        for sequence in step.put_back:  # a copy within the instance takes next to no time
+            scheduler.loaded(sequence)
         decode_keys = sum(part.end for part in step.decodes)
         pairs = sum(part.num_tokens * (part.start + part.num_tokens / 2) for part in step.prefills)
         rows = sum(part.num_tokens for part in step.scheduled)
@@ -174,7 +167,6 @@ class LanguageInstance:
             step,
             StepShape(rows, pairs, decode_keys),
             load=tuple(sequence.request_id for sequence in step.load),
-            failed=tuple(failed),
         )
 
     def due_of(self, name: str) -> float:

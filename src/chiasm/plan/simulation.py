@@ -339,8 +339,6 @@ class Simulation:
         if language is None or server.computing:
             return
         planned = language.plan(server.store if server.encoder is not None else self._at_encoders, self._events.now)
-        for name in planned.failed:
-            self._refuse(self._requests[name])
         for name in planned.load:
             self._pull(self._requests[name], server)
         if not planned.runs:
