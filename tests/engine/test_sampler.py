@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -293,6 +295,27 @@ def test_changes_made_anew_are_those_that_grew_with_the_answer() -> None:
     change(changed, [(0, grown), (1, anew)])
     assert torch.equal(changed[0], changed[1])
     assert changed[0].tolist() == pytest.approx([0.0, 1 / 1.5 - 0.75, 5.0, 3 / 1.5 - 0.75, 4 / 1.5 - 1.0])
+
+
+def calls_to_make_changes(num_biased: int) -> int:
+    """How many functions are called to make the changes of a choice."""
+    params = SamplingParams(repetition_penalty=1.5, logit_bias=dict.fromkeys(range(num_biased), 1.0))
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        LogitChanges(params, range(1000), ())
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_long_prompt_is_gone_through_once_for_all_biases() -> None:
+    assert calls_to_make_changes(MAX_BIASED_TOKENS) == calls_to_make_changes(1)
 
 
 # ---- against a plain implementation --------------------------------------------------------------------------------------

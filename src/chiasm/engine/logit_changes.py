@@ -36,9 +36,7 @@ class LogitChanges:
         self._counts_output = bool(params.presence_penalty or params.frequency_penalty)
         self._repels = params.repetition_penalty != 1
         seen = np.unique(np.asarray(prompt_token_ids, dtype=np.int64)) if self._repels else np.empty(0, np.int64)
-        biased = np.asarray(
-            [token_id for token_id in params.logit_bias if token_id not in set(seen.tolist())], np.int64
-        )
+        biased = np.setdiff1d(np.fromiter(params.logit_bias, np.int64), seen)
         self._size = len(seen) + len(biased)
         self._token_ids: npt.NDArray[np.int64] = np.concatenate([seen, biased])
         self._divisors = np.ones(self._size, np.float32)
