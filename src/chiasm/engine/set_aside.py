@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 
+import torch
 from torch import Tensor
 
 from chiasm.engine.sequence import Sequence
@@ -26,9 +27,12 @@ class SetAside:
             if self._num_blocks + len(block_ids) > len(self._blocks):
                 return False
             try:
-                copy = sequence.num_remote, self._blocks[list(block_ids)].cpu()
+                blocks = torch.empty(len(block_ids), self._blocks.shape[1], dtype=self._blocks.dtype)
             except RuntimeError:  # torch's for a lack of memory
                 return False
+            for block, block_id in zip(blocks, block_ids, strict=True):
+                block.copy_(self._blocks[block_id])
+            copy = sequence.num_remote, blocks
         of_request[sequence.index] = copy
         return True
 
@@ -41,7 +45,7 @@ class SetAside:
         """Fill the sequence's blocks from number ``first`` on, and keep the copy no longer."""
         _, blocks = self._copies[sequence.request_id].pop(sequence.index)
         for block_id, block in zip(block_ids[first:], blocks[first:], strict=False):
-            self._blocks[block_id] = block.to(self._blocks.device)
+            self._blocks[block_id].copy_(block)
 
     def drop(self, request_id: str) -> None:
         """Keep nothing of the request."""
