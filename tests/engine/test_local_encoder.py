@@ -11,6 +11,7 @@ import pytest
 from torch import Tensor
 
 from chiasm.engine.late_items import LateItems
+from chiasm.engine.local_encoder import MAX_FINISHED
 from chiasm.engine.request import ItemOutcome
 from chiasm.engine.sequence import Sequence
 from chiasm.errors import ChiasmError, DeadlineExceededError
@@ -140,6 +141,19 @@ async def test_an_embedding_that_is_dropped_just_before_it_is_taken_is_made_agai
     assert [len(answer.token_ids) for answer in both] == [8, 8]
     assert len(dropped) == 1
     assert len(gate.begun) == 2
+
+
+async def test_an_encoder_that_has_waited_until_what_it_finished_is_taken_goes_on(instance: Instance) -> None:
+    encoder, pixels = instance.engine._embeddings._encoder, instance.engine.processor.preprocess(A.image)
+    assert encoder is not None
+    wanted = {str(number): pixels for number in range(MAX_FINISHED + 2)}
+    encoder.want(wanted)
+    await until(lambda: len(encoder._encoded) == MAX_FINISHED)
+    for name in list(wanted)[:MAX_FINISHED]:
+        assert encoder.take(name) is not None
+        del wanted[name]
+        encoder.want(wanted)
+    await until(lambda: all(name in encoder for name in wanted))
 
 
 async def test_images_of_an_aborted_request_are_not_encoded(instance: Instance, gate: Gate) -> None:

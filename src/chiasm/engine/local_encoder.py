@@ -106,6 +106,7 @@ class LocalEncoder:
             if encoded is None:
                 return None
             self._wanted = {name: pixels for name, pixels in self._wanted.items() if name != identifier}
+            self._changed.notify()  # there may have been too many to go on
         if encoded.entry.is_cuda:
             # Its memory belongs to the stream that encodes, which must not use it again before the caller's is done with it.
             encoded.entry.record_stream(torch.cuda.current_stream(encoded.entry.device))
