@@ -34,15 +34,15 @@ def blocks() -> Tensor:
 def test_what_was_set_aside_comes_back_into_other_blocks_except_for_those_that_the_prefix_cache_has(
     blocks: Tensor,
 ) -> None:
-    aside, sequence = SetAside(blocks), preempted("r")
+    aside, sequence = SetAside(blocks, max_bytes=4 * blocks.shape[1]), preempted("r")
     assert aside.keep(sequence, [1, 2])
     blocks[1:3] = 9
     aside.put_back(sequence, [1, 0, 3], 1)
     assert blocks[:, 0].tolist() == [2, 9, 9, 3]
 
 
-def test_no_more_is_set_aside_than_the_kv_cache_holds(blocks: Tensor) -> None:
-    aside, first = SetAside(blocks), preempted("a")
+def test_what_is_set_aside_is_bounded(blocks: Tensor) -> None:
+    aside, first = SetAside(blocks, max_bytes=4 * blocks.shape[1]), preempted("a")
     assert aside.keep(first, [0, 1])
     assert aside.keep(preempted("b"), [2, 3])
     assert not aside.keep(preempted("c"), [0, 1])
@@ -54,7 +54,7 @@ def test_no_more_is_set_aside_than_the_kv_cache_holds(blocks: Tensor) -> None:
 
 
 def test_choices_of_one_request_take_room_once(blocks: Tensor) -> None:
-    aside = SetAside(blocks)
+    aside = SetAside(blocks, max_bytes=4 * blocks.shape[1])
     choices = [preempted("r", index) for index in range(8)]
     assert all(aside.keep(choice, [0, 1]) for choice in choices)
     assert aside.keep(preempted("another"), [2, 3])

@@ -51,7 +51,13 @@ class EngineConfig:
     ] = 0
     block_size: Annotated[int, Option("Tokens in one KV block.", min=1)] = 16
     kv_cache_bytes: Annotated[int | None, Option("Size of the KV cache.", unset="chosen from the free memory")] = None
-    encoder_cache_bytes: Annotated[int, Option("Maximum size of the embeddings held in memory.")] = 512 << 20
+    encoder_cache_bytes: Annotated[
+        int,
+        Option(
+            "Maximum size of the embeddings held in memory; of a decode instance, which holds none, that of the KV of prompts "
+            "with images for which its blocks are short."
+        ),
+    ] = 512 << 20
     max_num_batched_tokens: Annotated[
         int,
         Option(

@@ -122,7 +122,12 @@ class LanguageEngine(Engine):
             ec_connectors[0].set_wake(self._item_news)
         if kv_connectors is not None:
             self._kv_transfers = KVTransfers(self._scheduler, kv_connectors)
-            self._kv_transfers.start(kv_cache, self._language, lambda: self._inbox.put(Signal.WAKE))
+            self._kv_transfers.start(
+                kv_cache,
+                self._language,
+                lambda: self._inbox.put(Signal.WAKE),
+                max_aside_bytes=config.encoder_cache_bytes,
+            )
         self._loop = StepLoop(
             config,
             self._inbox,

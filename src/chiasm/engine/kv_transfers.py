@@ -61,10 +61,12 @@ class KVTransfers:
         stats = self._worker_role.stats
         return replace(stats, failures=stats.failures + self._num_failed)
 
-    def start(self, kv_cache: KVCache, language: LanguageModel, wake: Callable[[], None]) -> None:
+    def start(
+        self, kv_cache: KVCache, language: LanguageModel, wake: Callable[[], None], *, max_aside_bytes: int
+    ) -> None:
         """Make the connector ready. It calls ``wake``, from any thread, when there is something for :meth:`collect`.
 
-        Raises ConfigurationError.
+        KV that is set aside takes at most ``max_aside_bytes``. Raises ConfigurationError.
         """
         layout = KVLayout(
             num_layers=language.num_layers,
@@ -74,7 +76,7 @@ class KVTransfers:
             dtype=str(language.dtype).removeprefix("torch."),
             bytes_per_block=kv_cache.blocks.shape[1],
         )
-        self._set_aside = SetAside(kv_cache.blocks)
+        self._set_aside = SetAside(kv_cache.blocks, max_aside_bytes)
         self._worker_role.register_kv_caches(kv_cache.blocks, layout, wake)
         self._scheduler_role.set_xfer_handshake_metadata(self._worker_role.get_handshake_metadata())
 
@@ -217,7 +219,8 @@ class KVTransfers:
                 states[sequence.request_id],
                 KVUnavailableError(
                     "Preempted: this instance ran out of KV blocks and of memory to set KV aside, and a decode instance "
-                    "cannot recompute image tokens. Have the prompt prefilled again.",
+                    "cannot recompute image tokens. Have the prompt prefilled again, or raise --kv-cache-bytes or "
+                    "--encoder-cache-bytes of the instance.",
                     code=Code.PREEMPTED,
                 ),
             )

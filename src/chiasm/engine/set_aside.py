@@ -11,11 +11,12 @@ from chiasm.engine.sequence import Sequence
 
 
 class SetAside:
-    """Copies in the host's memory, which together take no more than the KV cache. Choices of one request share theirs."""
+    """Copies in the host's memory, of bounded size. Choices of one request share theirs."""
 
-    def __init__(self, blocks: Tensor) -> None:
-        """``blocks`` are those of the KV cache, one for each row."""
+    def __init__(self, blocks: Tensor, max_bytes: int) -> None:
+        """``blocks`` are those of the KV cache, one for each row; ``max_bytes`` is what the copies may take together."""
         self._blocks = blocks
+        self._max_blocks = max_bytes // blocks.shape[1]
         self._copies: dict[str, dict[int, tuple[int, Tensor]]] = {}
         """By request and choice: how many tokens are in a copy, and its blocks."""
 
@@ -24,7 +25,7 @@ class SetAside:
         of_request = self._copies.setdefault(sequence.request_id, {})
         copy = next((copy for copy in of_request.values() if copy[0] >= sequence.num_remote), None)
         if copy is None:
-            if self._num_blocks + len(block_ids) > len(self._blocks):
+            if self._num_blocks + len(block_ids) > self._max_blocks:
                 return False
             try:
                 blocks = torch.empty(len(block_ids), self._blocks.shape[1], dtype=self._blocks.dtype)
