@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +56,21 @@ def test_the_geometry_of_a_size_is_that_of_the_pixels(tiled: Loaded, height: int
         assert pixels.inputs["image_grid_thw"].tolist() == [geometry.metadata["image_grid_thw"]]
     assert processor.geometry_of_metadata(geometry.metadata) == geometry
     assert processor.geometry_of_metadata({"image_size": [height, width]}) == geometry
+
+
+def test_images_of_few_pixels_write_nothing_to_the_log(tiled: Loaded) -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        for width in (1, 3):
+            tiled.processor.preprocess(Image.new("RGB", (width, 5)))
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not written.getvalue()
 
 
 @given(height=st.integers(1, 20_000), width=st.integers(1, 20_000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from chiasm.errors import UnsupportedModelError
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+# It warns of images that are 1 or 3 pixels wide, although it reads them right. Clients can send them at will, and must not fill
+# the log.
+logging.getLogger("transformers.image_utils").setLevel(logging.ERROR)
 _CUT = {"crop_to_patches": True}
 """The model's own processor always cuts images into tiles, whatever the config of the image processor says."""
 
