@@ -233,13 +233,15 @@ def test_a_consumer_that_greets_twice_is_sent_away(greeted: RawConsumer) -> None
     assert greeted.is_closed()
 
 
-def test_connections_are_bounded(prefill: Instance, greeted: RawConsumer) -> None:
+def test_connections_are_bounded_and_a_further_consumer_is_told_why(prefill: Instance, greeted: RawConsumer) -> None:
     others = []
     for _ in range(listener.MAX_READERS):
         others.append(RawConsumer(prefill))
         others[-1].say(others[-1].hello())
         is_last = len(others) == listener.MAX_READERS
-        assert others[-1].is_closed() if is_last else others[-1].socket.recv(1)
+        answer = others[-1].hear_frame()
+        assert (b"it has 256 readers already" in answer) == is_last
+    assert others[-1].is_closed()
     prefill.prefill("p", [1])
     assert greeted.ask(Claim(0, "p", [1], 60.0)) == Granted(0)
     for other in others:

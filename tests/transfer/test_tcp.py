@@ -157,10 +157,63 @@ def test_the_connections_of_a_reader_are_bounded(holder: Holder) -> None:
     with stranger(holder.peer) as further, stranger(holder.peer) as other:
         ticket = msgspec.msgpack.decode(holder.offered.describe(7))["ticket"]
         further.say(Attach(7, tcp._proof_of(ticket, further.hear_challenge().nonce)))
+        assert further.exactly(1) == b"\3"
         assert further.is_closed()
         attach(other, holder, reader=8)
     for connection in opened:
         connection.socket.close()
+
+
+def test_every_reader_has_a_connection_however_many_there_are(
+    monkeypatch: pytest.MonkeyPatch, holder: Holder, memory: Memory
+) -> None:
+    monkeypatch.setattr(tcp, "MAX_FURTHER_CONNECTIONS", 0)
+    reached = [holder.reach(TcpPlane(), memory, reader) for reader in range(20)]
+    assert all(one.read([Run(0, 0, 1000)], never) for one in reached for _ in range(2))
+    for one in reached:
+        one.close()
+
+
+@pytest.mark.parametrize("further", [0, 1])
+def test_reads_share_the_connections_that_the_holder_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    holder: Holder,
+    memory: Memory,
+    target: np.ndarray[Any, np.dtype[np.uint8]],
+    further: int,
+) -> None:
+    monkeypatch.setattr(tcp, "MAX_FURTHER_CONNECTIONS", further)
+    reached = holder.reach(TcpPlane(), memory)
+    with ThreadPoolExecutor(tcp.MAX_PARALLEL_READS) as pool:
+        runs = [Run(n * 1000, n * 1000, 1000) for n in range(100)]
+        assert all(pool.map(lambda run: reached.read([run], never), runs))
+    assert np.array_equal(target[:100_000], holder.bytes[:100_000])
+    reached.close()
+
+
+def test_a_reader_whose_only_connection_broke_gets_another_one_when_the_holder_has_learnt_of_it(
+    monkeypatch: pytest.MonkeyPatch, holder: Holder, memory: Memory
+) -> None:
+    monkeypatch.setattr(tcp, "MAX_FURTHER_CONNECTIONS", 0)
+    reached = holder.reach(TcpPlane(), memory)
+    assert isinstance(reached, tcp._ReachedOverTcp)
+    broken = reached._take()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(reached.read, [Run(0, 0, 1000)], never)
+        reached._give_back(broken, False)
+        assert reading.result()
+    reached.close()
+
+
+def test_a_holder_that_takes_no_connection_for_too_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, holder: Holder, memory: Memory
+) -> None:
+    monkeypatch.setattr(tcp, "MAX_FURTHER_CONNECTIONS", 0)
+    with stranger(holder.peer) as other:
+        attach(other, holder)
+        monkeypatch.setattr(tcp, "PATIENCE_SECONDS", 1.0)
+        with pytest.raises(TransferError, match="takes no data connection, since it has too many"):
+            holder.reach(TcpPlane(), memory)
 
 
 def test_a_flood_of_strangers_keeps_no_reader_out(holder: Holder, memory: Memory) -> None:

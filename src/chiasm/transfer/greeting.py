@@ -122,8 +122,13 @@ async def receive_opening(channel: Channel[_MessageT], nonce: bytes) -> Hello | 
     return await channel.receive_as(_OPENING)
 
 
-def welcome(channel: Channel[_MessageT], hello: Hello, nonce: bytes, terms: Terms, engine_id: str) -> None:
-    """Holder: answer a hello. Raises ChannelClosed if the reader is not welcome, after it has been told so."""
+def welcome(
+    channel: Channel[_MessageT], hello: Hello, nonce: bytes, terms: Terms, engine_id: str, refusal: str | None = None
+) -> None:
+    """Holder: answer a hello. Raises ChannelClosed if the reader is not welcome, after it has been told so.
+
+    ``refusal`` is why no further reader is welcome, as a clause for its client.
+    """
     handshake = Handshake(
         protocol=hello.protocol,
         version=hello.version,
@@ -134,7 +139,7 @@ def welcome(channel: Channel[_MessageT], hello: Hello, nonce: bytes, terms: Term
     if terms.key is not None and not terms.key.accepts(hello.proof, Side.CALLER, handshake):
         reason: str | None = _NOT_OF_THE_FLEET
     else:
-        reason = terms.difference(hello, engine_id)
+        reason = terms.difference(hello, engine_id) or refusal
     if reason is not None:
         channel.send(Unwelcome(reason))
         raise ChannelClosed(reason)

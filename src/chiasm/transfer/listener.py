@@ -157,10 +157,11 @@ class Listener(Generic[_Incoming]):
         if isinstance(opening, Attach):
             self._attach(opening, nonce, writer)
             return False
-        if len(self._readers) >= MAX_READERS:
+        is_full = len(self._readers) >= MAX_READERS
+        if is_full:
             self._warn("A reader was turned away: there are %d already.", MAX_READERS)
-            raise ChannelClosed("there are too many readers")
-        welcome(channel, opening, nonce, self._terms, self._engine_id)
+        refusal = f"it has {MAX_READERS} readers already" if is_full else None
+        welcome(channel, opening, nonce, self._terms, self._engine_id, refusal)
         task = asyncio.current_task()
         assert task is not None
         self._strangers.pop(task, None)

@@ -3,7 +3,7 @@
 A reader opens data connections at the port of the control channel. It attaches each to itself: the holder sends a nonce, as it
 does to everybody, and the reader proves with it that it has the *ticket*, which the holder has given to this reader alone, over
 the control channel. A proof counts on one connection, and a ticket as long as its reader is connected. Then the reader sends
-requests, and the bytes come in their order::
+requests, and the bytes come in their order. Every reader gets a connection, and more of them if there are few readers::
 
     reader -> holder    number of ranges, and offset and size of each
     holder -> reader    0 and all bytes, or 1 if one of the ranges is not granted to the reader; that ends the connection
@@ -24,6 +24,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -49,10 +50,11 @@ from chiasm.wire import UNREADABLE
 
 _logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 256
-"""Data connections that a holder serves at the same time, each on a thread."""
+MAX_FURTHER_CONNECTIONS = 256
+"""Data connections that a holder serves besides the first one of each reader, each on a thread: so every reader can read,
+however many there are."""
 MAX_PARALLEL_READS = 8
-"""Data connections that a reader has to one holder. Further reads wait for one."""
+"""Data connections that a reader has to one holder, if the holder takes so many. Further reads wait for one."""
 MAX_CONNECTIONS_OF_A_READER = 4 * MAX_PARALLEL_READS
 """What a holder allows: it may learn late of those that the reader has closed."""
 MAX_RANGES = 1 << 12
@@ -68,8 +70,10 @@ _TICKET_BYTES = 32
 _COUNT = struct.Struct(">I")
 _RANGE = struct.Struct(">QQ")
 _GRANTED, _REFUSED = b"\0", b"\1"
-_BEGUN = b"\2"
-"""What the holder says when a connection is attached."""
+_BEGUN, _FULL = b"\2", b"\3"
+"""What the holder says when a connection is attached, and when it takes no further one of this reader."""
+_PAUSE_SECONDS = 0.1
+"""After a connection was not taken although the reader has no other: the holder will learn that its last one has ended."""
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -150,8 +154,9 @@ class _OfferedOverTcp(OfferedMemory):
             known = self._readers.get(reader)
             if known is None or not hmac.compare_digest(proof, _proof_of(known.ticket, nonce)):
                 return False
-            if len(known.connections) >= MAX_CONNECTIONS_OF_A_READER or len(self._threads) >= MAX_CONNECTIONS:
-                _logger.warning("A data connection was turned away: its reader, or all together, have too many.")
+            if known.connections and not self._takes_further(known):
+                with contextlib.suppress(OSError):
+                    connection.send(_FULL)
                 return False
             thread = threading.Thread(target=self._serve, args=(known, connection), name="transfer-send", daemon=True)
             known.connections.add(connection)
@@ -169,6 +174,11 @@ class _OfferedOverTcp(OfferedMemory):
         for thread in threads:
             thread.join()
         self._file.close()
+
+    def _takes_further(self, reader: _Reader) -> bool:
+        """Return whether a reader that has a connection may have one more."""
+        further = sum(len(known.connections) - 1 for known in self._readers.values() if known.connections)
+        return len(reader.connections) < MAX_CONNECTIONS_OF_A_READER and further < MAX_FURTHER_CONNECTIONS
 
     def _serve(self, reader: _Reader, connection: socket.socket) -> None:
         """Answer the requests of one data connection until it ends."""
@@ -223,15 +233,21 @@ def _receive_request(connection: socket.socket) -> list[Range]:
 # ---- the reader -------------------------------------------------------------------------------------------------------
 
 
+class _TakesNoFurther(Exception):
+    """The holder has too many data connections for a further one of this reader."""
+
+
 class _ReachedOverTcp(ReachedMemory):
     def __init__(self, peer: Peer, description: _Description, memory: Memory) -> None:
         self._peer = peer
         self._description = description
         self._memory = memory
         self._buffer = memoryview((ctypes.c_char * memory.num_bytes).from_address(memory.address)).cast("B")
-        self._lock = threading.Lock()
-        self._idle: list[socket.socket] = [self._connect()]
+        self._given_back = threading.Condition()  # guards what follows
+        self._idle: list[socket.socket] = []
+        self._num_used = 0
         self._is_closed = False
+        self._give_back(self._take(), True)
         self._turns = threading.Semaphore(MAX_PARALLEL_READS)
 
     def read(
@@ -256,7 +272,7 @@ class _ReachedOverTcp(ReachedMemory):
         return is_whole
 
     def close(self) -> None:
-        with self._lock:
+        with self._given_back:
             self._is_closed = True
             for connection in self._idle:
                 connection.close()
@@ -292,14 +308,31 @@ class _ReachedOverTcp(ReachedMemory):
         return True
 
     def _take(self) -> socket.socket:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return self._connect()
+        """Return an idle connection or a new one. If the holder takes no further one, wait for one of those that are used."""
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with self._given_back:
+                if self._idle:
+                    self._num_used += 1
+                    return self._idle.pop()
+            try:
+                connection = self._connect()
+            except _TakesNoFurther:
+                with self._given_back:
+                    if not self._num_used and time.monotonic() > give_up:
+                        raise TransferError("it takes no data connection, since it has too many") from None
+                    if not self._idle:
+                        self._given_back.wait(None if self._num_used else _PAUSE_SECONDS)
+            else:
+                with self._given_back:
+                    self._num_used += 1
+                return connection
 
     def _give_back(self, connection: socket.socket, is_idle: bool) -> None:
         """Keep a connection for the next read. One in the middle of an answer is closed."""
-        with self._lock:
+        with self._given_back:
+            self._num_used -= 1
+            self._given_back.notify_all()
             if is_idle and not self._is_closed:
                 self._idle.append(connection)
                 return
@@ -330,7 +363,10 @@ class _ReachedOverTcp(ReachedMemory):
         proof = _proof_of(self._description.ticket, challenge.nonce)
         body = msgspec.msgpack.encode(Attach(self._description.reader, proof))
         connection.sendall(LENGTH.pack(len(body)) + body)
-        if _receive_exactly(connection, 1) != _BEGUN:
+        answer = _receive_exactly(connection, 1)
+        if answer == _FULL:
+            raise _TakesNoFurther
+        if answer != _BEGUN:
             raise TransferError("it does not take the data connection")
 
 
