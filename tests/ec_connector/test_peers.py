@@ -335,14 +335,14 @@ def test_the_largest_embedding_finds_room_between_those_in_use(make: Callable[..
 
 
 def test_an_encoder_finds_room_however_many_language_models_use_what_it_has(make: Callable[..., Any]) -> None:
-    encoder = make(Encoder)  # with room for four of these
-    for number in range(4):
-        embedding = embedding_of(number, 2 * BIG // 128 - 64)
+    encoder = make(Encoder)  # with room for sixteen of these
+    for number in range(16):
+        embedding = embedding_of(number, BIG // 2 // 128 - 32)
         model = make(LanguageModel)
         model.scheduler.expect({encoder.encode(number, embedding): encoder.place})
         model.load(model.admit("r", number, rows=BIG))
     assert eventually(lambda: encoder.holding.num_unfetched() == 0)
-    encoder.encode("cat", big("cat"))
+    encoder.encode("cat", embedding_of("cat", BIG // 128 - 32))  # an eighth of its memory
 
 
 def test_many_small_embeddings_in_use_take_few_descriptors(

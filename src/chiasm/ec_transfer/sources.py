@@ -28,8 +28,10 @@ from chiasm.transfer.memory import ReachedMemory, Run
 from chiasm.transfer.shared_memory import SharedMemory
 
 MAX_LENT_SHARE = 4
-"""A reader keeps at most one part in so many of a holder's memory from being reused; what is more, it copies. It also copies
-what lies in the last such part, so a holder can always use that again, however many readers it has."""
+"""A reader keeps at most one part in so many of a holder's memory from being reused; what is more, it copies."""
+NEVER_LENT_SHARE = 8
+"""It also copies what lies in the last one of so many parts, so a holder can always use that again, however many readers read.
+That concerns as many of the embeddings once the memory is full. Before, nothing lies there, since what is low is used first."""
 MAX_LENT_ENTRIES = 512
 """A reader uses so many entries of one holder in place, since each takes a descriptor; what is more, it copies."""
 _FREE_AFTER_SECONDS = (0.0, 0.1, 0.4, 1.6, 6.4)
@@ -230,8 +232,8 @@ class MappedSource(Source):
     def __init__(self, memory: SharedMemory, num_bytes: int, device: str, *, is_shared: bool) -> None:
         """``num_bytes`` is the size of the holder's memory."""
         self._memory = memory
-        share = num_bytes // MAX_LENT_SHARE
-        self._lent = _Lent(num_bytes - share, share, device, is_shared=is_shared, max_entries=MAX_LENT_ENTRIES)
+        end, share = num_bytes - num_bytes // NEVER_LENT_SHARE, num_bytes // MAX_LENT_SHARE
+        self._lent = _Lent(end, share, device, is_shared=is_shared, max_entries=MAX_LENT_ENTRIES)
 
     def is_quick(self, read: Read) -> bool:
         return self._lent.stays(read.here.offset, read.header)
