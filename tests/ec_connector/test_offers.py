@@ -106,6 +106,23 @@ def test_what_a_reader_uses_in_place_isnt_evicted() -> None:
     assert table.has("x")
 
 
+def test_what_readers_use_in_place_is_not_looked_at_again_for_each_new_entry() -> None:
+    memory = Memory(200)
+    looked_at = []
+    table = OfferTable(
+        memory.allocate,
+        lambda piece: piece,
+        memory.free,
+        lambda piece: looked_at.append(piece) or piece in memory.used,  # type: ignore[func-returns-value]
+    )
+    for number in range(200):
+        publish(table, f"old{number}")
+    memory.used.update(range(100))  # the least recently used
+    for number in range(100):
+        publish(table, f"new{number}")
+    assert len(looked_at) == 200
+
+
 def test_a_reader_that_leaves_gives_everything_back() -> None:
     memory = Memory(1)
     table = memory.table()

@@ -7,7 +7,7 @@ everything else is evicted, the least recently used first, when room is needed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -119,8 +119,9 @@ class OfferTable(Generic[PieceT]):
         if identifier in self._entries:
             return None
         evictions = evicted_bytes = 0
+        victims = self._victims()
         while (piece := self._allocate(size_bytes)) is None:
-            victim = next((name for name, entry in self._entries.items() if self._is_idle(entry)), None)
+            victim = next(victims, None)
             if victim is None:
                 raise NoRoom
             evictions += 1
@@ -204,6 +205,18 @@ class OfferTable(Generic[PieceT]):
         for identifier in list(self._names(reader)):
             self.forget(reader, identifier)
         self._wanted_by.pop(reader, None)
+
+    def _victims(self) -> Iterator[str]:
+        """Yield what may be evicted, which the caller then does; the least recently used comes first.
+
+        What is in use counts as used now: otherwise it would gather in front, and be looked at again for each new entry.
+        """
+        for _ in range(len(self._entries)):
+            name, entry = next(iter(self._entries.items()))
+            if self._is_idle(entry):
+                yield name
+            else:
+                self._entries.move_to_end(name)
 
     def _is_idle(self, entry: _Entry[PieceT]) -> bool:
         return entry.header is not None and not entry.granted and not self._is_used(entry.piece)
