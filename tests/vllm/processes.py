@@ -16,8 +16,10 @@ from typing import Any
 
 import httpx2 as httpx
 import msgspec
+import psutil
 
 from chiasm.checkpoints import folder
+from chiasm.launch import supervisor
 from chiasm.launch.vllm import ONE_PROCESS
 from chiasm.wire import DRAIN_PATH, Health
 from tests.free_ports import free_port
@@ -48,8 +50,28 @@ ASKED = "asked"
 POINTS = ("seen", "promised", "allocated", "planned", "loading")
 HARMS = ("removed", "empty", "cut-off")
 
+_TRACKER_SECONDS = 10.0
+"""The longest that Python's resource trackers take to end after all others."""
+
 CLIENT = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 """Shared, since making a client takes 50 ms of a core. It keeps no connection open, since tests kill servers."""
+
+
+def kill_group(leader: int) -> None:
+    """Kill the processes of a group. Resource trackers go last: they remove what the others leave in shared memory."""
+    members = [process for process in psutil.process_iter() if _group_of(process.pid) == leader]
+    trackers = [process for process in members if supervisor._is_tracker(process)]
+    supervisor._kill([process for process in members if process not in trackers])
+    psutil.wait_procs(trackers, _TRACKER_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @dataclass
@@ -100,7 +122,7 @@ class Server:
 
     def kill(self) -> None:
         """Kill the process and all its children."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        kill_group(self.process.pid)
         self.process.wait()
 
     def text(self) -> str:
@@ -116,9 +138,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        # The process group outlives its leader if a child does.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        kill_group(self.process.pid)  # which outlives its leader if a child does
         self.process.wait()
 
     def post(self, body: dict[str, Any], timeout: float = CALL_SECONDS) -> httpx.Response:

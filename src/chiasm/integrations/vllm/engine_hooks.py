@@ -18,14 +18,13 @@ from __future__ import annotations
 import functools
 import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
 from chiasm.errors import ConfigurationError
@@ -40,6 +39,7 @@ from chiasm.integrations.vllm.messages import (
     Exchange,
 )
 from chiasm.integrations.vllm.scheduler import SchedulerHalf
+from chiasm.integrations.vllm.work import tell_with_outputs
 from chiasm.wire import EmbeddingPlaces
 
 _logger = logging.getLogger(__name__)
@@ -201,17 +201,13 @@ def _wait_between_steps() -> None:
 @functools.cache
 def _tell_waits() -> None:
     """Have the schedulers of this process hand out waits with outputs."""
-    update = Scheduler.update_from_output
 
-    @functools.wraps(update)
-    def telling(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = update(scheduler, *args, **kwargs)
+    def tell(scheduler: Any, outputs: Iterable[Any]) -> None:
         half = _half_of(scheduler)
         if half is not None:
-            half.waits.tell(outputs.values())
-        return outputs
+            half.waits.tell(outputs)
 
-    Scheduler.update_from_output = telling
+    tell_with_outputs(tell)
 
 
 def _wait(engine: Any, half: SchedulerHalf) -> None:

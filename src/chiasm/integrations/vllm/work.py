@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from chiasm.wire import Load
 _MAX_STEPS = 64
 """Steps under way that are remembered. vLLM has about two."""
 _ATTRIBUTE = "chiasm_work"
+_tellers: list[Callable[[Any, Iterable[Any]], None]] = []
 
 
 @functools.cache
@@ -52,6 +53,8 @@ def watch() -> None:
         work.end(step)
         outputs = update(scheduler, step, *args, **kwargs)
         work.prompts.tell(outputs.values())
+        for tell in _tellers:
+            tell(scheduler, outputs.values())
         return outputs
 
     def tell_work(engine: Any) -> None:
@@ -60,6 +63,12 @@ def watch() -> None:
     Scheduler.schedule, Scheduler.update_from_output = watched_schedule, watched_update
     setattr(EngineCore, TELL_WORK_METHOD, tell_work)
     setattr(EngineCore, LOAD_METHOD, lambda engine: msgspec.json.encode(work_of(engine.scheduler).load()).decode())
+
+
+def tell_with_outputs(tell: Callable[[Any, Iterable[Any]], None]) -> None:
+    """Have each scheduler of this process also call this, with itself and its outputs, before it hands them out."""
+    watch()
+    _tellers.append(tell)
 
 
 def work_of(scheduler: Any) -> EngineWork:
