@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from chiasm.ec_transfer.stores import AbsentEntryError, CorruptEntryError, Store, StoredEntry
+from chiasm.ec_transfer.stores import AbsentEntryError, CorruptEntryError, Store, StoredEntry, open_store
 
 from .conftest import FINGERPRINT, entry_of, read
 
@@ -54,6 +59,24 @@ def test_health_says_what_the_store_is_and_holds(any_store: Store) -> None:
     health = any_store.health()
     assert health.server
     assert health.used_bytes >= entry.size_bytes
+
+
+def test_a_folder_from_which_entries_are_evicted_meanwhile_is_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (entry, data) = open_store(f"file://{tmp_path}/folder"), entry_of(600, 64)
+    store.put(entry, data)
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def while_others_evict(folder: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scandir(folder) as files:
+            found = list(files)
+        os.unlink(f"{folder}/{entry.identifier}.safetensors")
+        yield found
+
+    monkeypatch.setattr(os, "scandir", while_others_evict)
+    assert store.health().server
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ whole or not at all, and the least recently used files are removed first.
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -91,9 +92,12 @@ class FolderStore(Store):
             raise self._fault(error) from None
 
     def health(self) -> StoreHealth:
+        used = 0
         try:
             with os.scandir(self.address.folder) as files:
-                used = sum(file.stat(follow_symlinks=False).st_size for file in files)
+                for file in files:
+                    with contextlib.suppress(FileNotFoundError):  # it was evicted just now
+                        used += file.stat(follow_symlinks=False).st_size
         except OSError as error:
             raise self._fault(error) from None
         return StoreHealth("a folder", used_bytes=used, max_bytes=self.address.max_bytes, evicts=True)
