@@ -159,6 +159,33 @@ def test_what_was_rejected_stays_for_who_reads_it_and_asks_for_it_again() -> Non
     assert memory.free_bytes == 1
 
 
+def test_what_was_rejected_is_freed_with_its_reader_also_if_the_reader_was_told_of_another_one() -> None:
+    memory = Memory(2)
+    table = memory.table()
+    publish(table, "x")
+    table.want(B, "x", 1)
+    table.disown(A, "x")
+    publish(table, "x")
+    table.want(B, "x", 0)
+    table.remove("x")
+    table.leave(B)
+    assert memory.free_bytes == 2
+
+
+def test_whether_a_reader_reads_anything_follows_its_grants() -> None:
+    table = Memory(ROOM).table()
+    publish(table, "x")
+    table.want(A, "x", 1)
+    table.want(A, "x", 1)
+    assert table.is_granted(A)
+    assert not table.is_granted(B)
+    table.forget(A, "x")
+    assert not table.is_granted(A)
+    table.want(A, "x", 1)
+    table.leave(A)
+    assert not table.is_granted(A)
+
+
 def test_a_reader_may_not_want_without_bound() -> None:
     table = Memory(1).table()
     for number in range(MAX_WANTED):

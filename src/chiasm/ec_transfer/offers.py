@@ -6,7 +6,7 @@ everything else is evicted, the least recently used first, when room is needed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
@@ -75,6 +75,8 @@ class OfferTable(Generic[PieceT]):
         """The room of each reader that waits for an entry, by identifier."""
         self._wanted_by: dict[int, set[str]] = {}
         """The identifiers that a reader wants, was told of, or was granted."""
+        self._num_granted: Counter[int] = Counter()
+        """How many entries each reader may read, if any."""
         self._retired: dict[str, list[_Entry[PieceT]]] = {}
         """Entries that were given up, and that somebody still reads."""
         self._notices: list[Notice] = []
@@ -94,7 +96,7 @@ class OfferTable(Generic[PieceT]):
 
     def is_granted(self, reader: int) -> bool:
         """Return whether the reader may read anything now."""
-        return any(reader in entry.granted for name in self._names(reader) for entry in self._all(name))
+        return self._num_granted[reader] > 0
 
     def claimed(self) -> set[str]:
         """Return the identifiers of what readers were told of or granted, and have neither fetched nor forgotten."""
@@ -148,7 +150,8 @@ class OfferTable(Generic[PieceT]):
             return
         del self._entries[identifier]
         for reader in sorted(entry.told):
-            self._names(reader).discard(identifier)
+            if not self._reads_retired(reader, identifier):
+                self._names(reader).discard(identifier)
             self._notices.append(Notice(reader, Gone(identifier)))
         if entry.granted:
             self._retired.setdefault(identifier, []).append(entry)
@@ -173,7 +176,7 @@ class OfferTable(Generic[PieceT]):
         """Let the reader read an entry that it was told of, until it says that it is done. It is told whether it may."""
         entry = self._entries.get(identifier)
         if entry is None or reader not in entry.told | entry.granted:
-            if not any(reader in retired.granted for retired in self._retired.get(identifier, [])):
+            if not self._reads_retired(reader, identifier):
                 self.forget(reader, identifier)
             self._notices.append(Notice(reader, Gone(identifier)))
         else:
@@ -188,7 +191,9 @@ class OfferTable(Generic[PieceT]):
             del self._wanted[identifier]
         for entry in self._all(identifier):
             entry.told.discard(reader)
-            entry.granted.discard(reader)
+            if reader in entry.granted:
+                entry.granted.remove(reader)
+                self._num_granted[reader] -= 1
         for entry in [retired for retired in self._retired.get(identifier, []) if not retired.granted]:
             self._retired[identifier].remove(entry)
             self._free(entry.piece)
@@ -205,6 +210,7 @@ class OfferTable(Generic[PieceT]):
         for identifier in list(self._names(reader)):
             self.forget(reader, identifier)
         self._wanted_by.pop(reader, None)
+        del self._num_granted[reader]
 
     def _victims(self) -> Iterator[str]:
         """Yield what may be evicted, which the caller then does; the least recently used comes first.
@@ -221,6 +227,9 @@ class OfferTable(Generic[PieceT]):
     def _is_idle(self, entry: _Entry[PieceT]) -> bool:
         return entry.header is not None and not entry.granted and not self._is_used(entry.piece)
 
+    def _reads_retired(self, reader: int, identifier: str) -> bool:
+        return any(reader in entry.granted for entry in self._retired.get(identifier, []))
+
     def _names(self, reader: int) -> set[str]:
         return self._wanted_by.get(reader, set())
 
@@ -232,6 +241,10 @@ class OfferTable(Generic[PieceT]):
         header = entry.header
         assert header is not None
         entry.told.discard(reader)
-        (entry.granted if granted else entry.told).add(reader)
+        if not granted:
+            entry.told.add(reader)
+        elif reader not in entry.granted:
+            entry.granted.add(reader)
+            self._num_granted[reader] += 1
         here = Here(identifier, entry.offset, header.dtype, list(header.shape), header.checksum, granted)
         self._notices.append(Notice(reader, here))
