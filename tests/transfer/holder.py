@@ -60,7 +60,7 @@ class Holder:
         self.peer = Peer("127.0.0.1", self._listener.port)
         self.gone: list[int] = []
         self._is_closed = False
-        self._control = ControlThread(
+        self.control = ControlThread(
             "test-holder", lambda closing: self._listener.run(closing, self._serve, self.gone.append)
         )
 
@@ -76,7 +76,7 @@ class Holder:
 
     def close(self) -> None:
         """Idempotent."""
-        self._control.close()
+        self.control.close()
         if not self._is_closed:
             self._is_closed = True
             self.offered.close()

@@ -178,7 +178,8 @@ def test_strangers_who_talk_nonsense_do_not_fill_the_log(
     assert rest.startswith("7 more like these: ")
 
 
-def test_strangers_are_bounded_and_the_oldest_goes_first(start: Start) -> None:
+def test_strangers_are_bounded_and_the_oldest_goes_first(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MAX_STRANGERS", 64)
     holder = start()
     strangers = [Stranger(holder.peer) for _ in range(listener.MAX_STRANGERS)]
     for connection in strangers:

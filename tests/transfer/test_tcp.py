@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -216,7 +217,20 @@ def test_a_holder_that_takes_no_connection_for_too_long_is_named(
             holder.reach(TcpPlane(), memory)
 
 
-def test_a_flood_of_strangers_keeps_no_reader_out(holder: Holder, memory: Memory) -> None:
+def test_readers_that_connect_while_the_holder_stands_still_are_all_taken(holder: Holder) -> None:
+    connected = threading.Event()
+    holder.control.call(connected.wait)
+    connections = [Stranger(holder.peer) for _ in range(200)]
+    connected.set()
+    for reader, connection in enumerate(connections):
+        attach(connection, holder, reader)
+        connection.socket.close()
+
+
+def test_a_flood_of_strangers_keeps_no_reader_out(
+    monkeypatch: pytest.MonkeyPatch, holder: Holder, memory: Memory
+) -> None:
+    monkeypatch.setattr(listener, "MAX_STRANGERS", 64)
     flood = [Stranger(holder.peer) for _ in range(3 * listener.MAX_STRANGERS)]
     holder.offered.grant(7, 1, [Range(0, 100)])
     reached = holder.reach(TcpPlane(), memory)

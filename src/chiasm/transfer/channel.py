@@ -68,14 +68,12 @@ class Channel(Generic[_Incoming]):
         """Wait for the next message. Raises ChannelClosed if the connection ends, NotUnderstood if something else comes."""
         return await self.receive_as(self._decoder)
 
-    async def receive_as(self, decoder: msgspec.msgpack.Decoder[_Other]) -> _Other:
+    async def receive_as(self, decoder: msgspec.msgpack.Decoder[_Other], max_bytes: int = MAX_FRAME_BYTES) -> _Other:
         """Wait for a message of another type, as in a greeting."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            if length > MAX_FRAME_BYTES:
-                raise NotUnderstood(
-                    f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {MAX_FRAME_BYTES} are allowed"
-                )
+            if length > max_bytes:
+                raise NotUnderstood(f"{_OTHER_PROTOCOL}: a message of {length} bytes came, {max_bytes} are allowed")
             return decoder.decode(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise ChannelClosed("the connection was closed") from None

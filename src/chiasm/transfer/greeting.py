@@ -30,6 +30,8 @@ from chiasm.transfer.memory import Peer
 from chiasm.wire import Name
 
 MAX_TERMS = 32
+MAX_OPENING_BYTES = 1 << 16
+"""Of what a stranger says, who may be anybody."""
 _NOT_OF_THE_FLEET = "no proof of the fleet key came; give both sides the same --fleet-key-file"
 _NEEDS_KEY = (
     "without a fleet key only processes of the same host are talked to; give both sides the same --fleet-key-file"
@@ -119,7 +121,7 @@ class Terms:
 async def receive_opening(channel: Channel[_MessageT], nonce: bytes) -> Hello | Attach:
     """Holder: challenge whoever has connected, and return what it answers. Raises ChannelClosed."""
     channel.send(Challenge(nonce))
-    return await channel.receive_as(_OPENING)
+    return await channel.receive_as(_OPENING, MAX_OPENING_BYTES)
 
 
 def welcome(

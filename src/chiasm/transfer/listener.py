@@ -24,8 +24,9 @@ from chiasm.transfer.memory import OfferedMemory
 _logger = logging.getLogger(__name__)
 
 MAX_READERS = 256
-MAX_STRANGERS = 64
-"""Connections that have not greeted yet. A further one ends the oldest of them, so a flood of them keeps no reader out."""
+MAX_STRANGERS = 2 * MAX_READERS
+"""Connections that have not greeted yet. A further one ends the oldest of them, so a flood of them keeps no reader out. Readers
+that all connect at the same time, as after a moment in which this process stood still, are no flood."""
 _TURNS_OF_ACCEPTING = 4
 _ANY_ADDRESS = frozenset({"", "0.0.0.0", "::", "*"})
 
