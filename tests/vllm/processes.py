@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,6 @@ import msgspec
 import psutil
 
 from chiasm.checkpoints import folder
-from chiasm.launch import supervisor
 from chiasm.launch.vllm import ONE_PROCESS
 from chiasm.wire import DRAIN_PATH, Health
 from tests.free_ports import free_port
@@ -50,28 +50,21 @@ ASKED = "asked"
 POINTS = ("seen", "promised", "allocated", "planned", "loading")
 HARMS = ("removed", "empty", "cut-off")
 
-_TRACKER_SECONDS = 10.0
-"""The longest that Python's resource trackers take to end after all others."""
+_SHARED = re.compile(r"/dev/shm/(?:psm_|vllm_dist_).+")
+"""What vLLM's processes have in shared memory, and leave there when they are killed, as vLLM also does by itself."""
 
 CLIENT = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 """Shared, since making a client takes 50 ms of a core. It keeps no connection open, since tests kill servers."""
 
 
-def kill_group(leader: int) -> None:
-    """Kill the processes of a group. Resource trackers go last: they remove what the others leave in shared memory."""
-    members = [process for process in psutil.process_iter() if _group_of(process.pid) == leader]
-    trackers = [process for process in members if supervisor._is_tracker(process)]
-    supervisor._kill([process for process in members if process not in trackers])
-    psutil.wait_procs(trackers, _TRACKER_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def _group_of(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
+def _shared_by(leader: int) -> set[Path]:
+    """Return the files in shared memory that the processes of a group have mapped."""
+    found: set[Path] = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.getpgid(pid) == leader:
+                found.update(map(Path, _SHARED.findall(Path(f"/proc/{pid}/maps").read_text())))
+    return found
 
 
 @dataclass
@@ -122,8 +115,7 @@ class Server:
 
     def kill(self) -> None:
         """Kill the process and all its children."""
-        kill_group(self.process.pid)
-        self.process.wait()
+        self._end(signal.SIGKILL)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -134,12 +126,20 @@ class Server:
         assert response.status_code == 202, response.text
 
     def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> None:
+        left = _shared_by(self.process.pid)
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        kill_group(self.process.pid)  # which outlives its leader if a child does
+        # The process group outlives its leader if a child does.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def post(self, body: dict[str, Any], timeout: float = CALL_SECONDS) -> httpx.Response:
         return CLIENT.post(f"{self.url}/v1/chat/completions", json=body, timeout=timeout)
