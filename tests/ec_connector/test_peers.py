@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -343,6 +344,26 @@ def test_an_encoder_finds_room_however_many_language_models_use_what_it_has(make
         model.load(model.admit("r", number, rows=BIG))
     assert eventually(lambda: encoder.holding.num_unfetched() == 0)
     encoder.encode("cat", embedding_of("cat", BIG // 128 - 32))  # an eighth of its memory
+
+
+@pytest.mark.parametrize("in_use", [0, 5])
+def test_a_large_embedding_costs_few_small_ones_whatever_the_order_of_their_use(
+    make: Callable[..., Any], in_use: int
+) -> None:
+    encoder, model = make(Encoder), make(LanguageModel)
+    small = torch.zeros(12 << 10, dtype=torch.uint8).view(-1, 128)  # 16 KiB with its header
+    names = list(range((8 << 20) // (16 << 10)))
+    for name in names:
+        encoder.encode(name, small)
+    for name in random.Random(0).sample(names, in_use):
+        model.scheduler.expect({identifier_of(name): encoder.place})
+        model.load(model.admit(str(name), name, rows=BIG))
+    assert eventually(lambda: not encoder.holding._holder._table.claimed())
+    for name in random.Random(1).sample(names, len(names)):
+        encoder.scheduler.is_published(identifier_of(name))  # which counts as use
+    large = torch.zeros((512 << 10) - 4096, dtype=torch.uint8).view(-1, 128)  # as much as 32 of them
+    encoder.encode("large", large)
+    assert encoder.holding.stats.evictions <= 2 * 32
 
 
 def test_many_small_embeddings_in_use_take_few_descriptors(

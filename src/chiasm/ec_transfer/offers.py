@@ -6,7 +6,7 @@ everything else is evicted, the least recently used first, when room is needed.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
@@ -121,7 +121,7 @@ class OfferTable(Generic[PieceT]):
         if identifier in self._entries:
             return None
         evictions = evicted_bytes = 0
-        victims = self._victims()
+        victims = self._victims(size_bytes)
         while (piece := self._allocate(size_bytes)) is None:
             victim = next(victims, None)
             if victim is None:
@@ -212,8 +212,62 @@ class OfferTable(Generic[PieceT]):
         self._wanted_by.pop(reader, None)
         del self._num_granted[reader]
 
-    def _victims(self) -> Iterator[str]:
-        """Yield what may be evicted, which the caller then does; the least recently used comes first.
+    def _victims(self, size_bytes: int) -> Iterator[str]:
+        """Yield what is to be evicted, which the caller then does, until there is room of this size.
+
+        The least recently used comes first. If as many bytes have gone and the room is in parts, neighbours go: otherwise most
+        of the small ones would have to go for a large one, since they don't lie in the order of their use.
+        """
+        freed = 0
+        for name in self._least_recent():
+            freed += self._entries[name].size_bytes
+            yield name
+            if freed >= size_bytes:
+                break
+        yield from self._neighbours(size_bytes)
+        yield from self._least_recent()
+
+    def _neighbours(self, size_bytes: int) -> list[str]:
+        """Return idle entries whose memory is room of this size in one piece, if there are such.
+
+        Of those that may be chosen, the one that was used last was used as long ago as can be.
+        """
+        chosen = self._movable(size_bytes, frozenset())
+        if any(self._is_used(self._entries[name].piece) for name in chosen):
+            used = frozenset(name for name, entry in self._entries.items() if self._is_used(entry.piece))
+            chosen = self._movable(size_bytes, used)
+        return chosen
+
+    def _movable(self, size_bytes: int, used: frozenset[str]) -> list[str]:
+        ranks = {
+            name: rank
+            for rank, (name, entry) in enumerate(self._entries.items())
+            if entry.header is not None and not entry.granted and name not in used
+        }
+        retired = [(entry.offset, "") for entries in self._retired.values() for entry in entries]
+        pieces = sorted([*((entry.offset, name) for name, entry in self._entries.items()), *retired])
+        begin, best, chosen = 0, len(self._entries), range(0)
+        latest: deque[int] = deque()
+        """Of the pieces from ``begin`` on: the one that was used last, then the last of those behind it, and so on."""
+        for end, (offset, name) in enumerate(pieces):
+            if name not in ranks:
+                begin = end + 1
+                latest.clear()
+                continue
+            while latest and ranks[pieces[latest[-1]][1]] < ranks[name]:
+                latest.pop()
+            latest.append(end)
+            limit = pieces[end + 1][0] if end + 1 < len(pieces) else offset + self._entries[name].size_bytes
+            while begin <= end and limit - pieces[begin][0] >= size_bytes:
+                if (rank := ranks[pieces[latest[0]][1]]) < best:
+                    best, chosen = rank, range(begin, end + 1)
+                if latest[0] == begin:
+                    latest.popleft()
+                begin += 1
+        return [pieces[index][1] for index in chosen]
+
+    def _least_recent(self) -> Iterator[str]:
+        """Yield what may be evicted; the least recently used comes first.
 
         What is in use counts as used now: otherwise it would gather in front, and be looked at again for each new entry.
         """
