@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -39,6 +41,29 @@ class Memory:
 
     def table(self) -> OfferTable[int]:
         return OfferTable(self.allocate, lambda piece: piece, self.free, self.used.__contains__)
+
+
+class Line(Memory):
+    """Memory whose pieces are in one piece each: first fit."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(num_bytes)
+        self.num_bytes = num_bytes
+
+    def gaps(self, pieces: Iterable[int]) -> list[tuple[int, int]]:
+        """Begin and size of what is beside these pieces."""
+        begins = sorted([*pieces, self.num_bytes])
+        ends = [0, *(begin + self.pieces[begin] for begin in begins[:-1])]
+        return [(end, begin - end) for end, begin in zip(ends, begins, strict=True)]
+
+    def allocate(self, num_bytes: int) -> int | None:
+        begin = next((begin for begin, size in self.gaps(self.pieces) if size >= num_bytes), None)
+        if begin is not None:
+            self.pieces[begin] = num_bytes
+        return begin
+
+    def free(self, piece: int) -> None:
+        del self.pieces[piece]
 
 
 def header(name: str) -> EntryHeader:
@@ -104,6 +129,28 @@ def test_what_a_reader_uses_in_place_isnt_evicted() -> None:
     with pytest.raises(NoRoom):
         table.reserve("z", 1)
     assert table.has("x")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_an_entry_finds_room_in_one_piece_exactly_if_what_is_idle_takes_it(data: st.DataObject) -> None:
+    memory = Line(40)
+    table = memory.table()
+    for number in range(data.draw(st.integers(1, 40))):
+        size = data.draw(st.sampled_from([1, 1, 1, 2, 5, 9]))
+        memory.used.clear()
+        if memory.pieces:
+            memory.used.update(data.draw(st.sets(st.sampled_from(sorted(memory.pieces)), max_size=4)))
+        fits = any(gap >= size for _, gap in memory.gaps(memory.used))
+        try:
+            publish(table, str(number), size)
+        except NoRoom:
+            assert not fits
+        else:
+            assert fits
+        assert memory.used <= set(memory.pieces)
+        for name in data.draw(st.lists(st.integers(0, number), max_size=3)):
+            table.has(str(name))
 
 
 def test_what_readers_use_in_place_is_not_looked_at_again_for_each_new_entry() -> None:
