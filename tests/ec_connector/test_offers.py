@@ -23,7 +23,7 @@ class Memory:
     """Memory of which only the size counts."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.free_bytes = num_bytes
+        self.num_bytes = self.free_bytes = num_bytes
         self.pieces: dict[int, int] = {}
         self.used: set[int] = set()
         self._numbers = iter(range(1 << 30))
@@ -40,15 +40,14 @@ class Memory:
         self.free_bytes += self.pieces.pop(piece)
 
     def table(self) -> OfferTable[int]:
-        return OfferTable(self.allocate, lambda piece: piece, self.free, self.used.__contains__)
+        return OfferTable(self.num_bytes, self.allocate, self.range_of, self.free, self.used.__contains__)
+
+    def range_of(self, piece: int) -> tuple[int, int]:
+        return piece, piece + self.pieces[piece]
 
 
 class Line(Memory):
     """Memory whose pieces are in one piece each: first fit."""
-
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__(num_bytes)
-        self.num_bytes = num_bytes
 
     def gaps(self, pieces: Iterable[int]) -> list[tuple[int, int]]:
         """Begin and size of what is beside these pieces."""
@@ -142,10 +141,12 @@ def test_an_entry_finds_room_in_one_piece_exactly_if_what_is_idle_takes_it(data:
         if memory.pieces:
             memory.used.update(data.draw(st.sets(st.sampled_from(sorted(memory.pieces)), max_size=4)))
         fits = any(gap >= size for _, gap in memory.gaps(memory.used))
+        taken = sum(memory.pieces.values())
         try:
             publish(table, str(number), size)
         except NoRoom:
             assert not fits
+            assert taken - sum(memory.pieces.values()) < size + 9  # and most of what is there stays
         else:
             assert fits
         assert memory.used <= set(memory.pieces)
@@ -157,8 +158,9 @@ def test_what_readers_use_in_place_is_not_looked_at_again_for_each_new_entry() -
     memory = Memory(200)
     looked_at = []
     table = OfferTable(
+        memory.num_bytes,
         memory.allocate,
-        lambda piece: piece,
+        memory.range_of,
         memory.free,
         lambda piece: looked_at.append(piece) or piece in memory.used,  # type: ignore[func-returns-value]
     )

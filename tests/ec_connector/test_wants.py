@@ -74,7 +74,7 @@ def test_an_entry_of_known_size_is_granted_without_asking_again() -> None:
     wants.want("r", [Wish(X, 4)])
     wants.expect({X: HERE})
     (want,) = wants.take_sends()
-    offers = OfferTable[int](lambda num_bytes: 0, lambda piece: piece, lambda piece: None, lambda piece: False)
+    offers = OfferTable[int](1, lambda num_bytes: 0, lambda piece: (0, 1), lambda piece: None, lambda piece: False)
     assert isinstance(want.message, Want)
     offers.want(1, X, want.message.room_bytes)
     header = EntryHeader(X, "5eed", "U8", (4, 2))

@@ -69,7 +69,11 @@ class Holder:
         """Whether the headers of entries have checksums."""
         self._written = threading.Condition()  # guards the table and the stats
         self._table: OfferTable[Piece] = OfferTable(
-            arena.allocate, lambda piece: piece.offset, self._free, self._is_used
+            arena.num_bytes,
+            arena.allocate,
+            lambda piece: (piece.offset, piece.offset + piece.size_bytes),
+            self._free,
+            self._is_used,
         )
         self._channels: dict[int, Channel[ReaderMessage]] = {}
         self._patience: dict[int, asyncio.Timeout] = {}

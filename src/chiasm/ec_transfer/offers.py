@@ -35,7 +35,9 @@ class Notice(NamedTuple):
 @dataclass(eq=False)
 class _Entry(Generic[PieceT]):
     piece: PieceT
-    offset: int
+    begin: int
+    end: int
+    """Where its piece of memory begins and ends."""
     size_bytes: int
     header: EntryHeader | None = None
     """None while it is written."""
@@ -55,19 +57,22 @@ class Reserved(NamedTuple, Generic[PieceT]):
 class OfferTable(Generic[PieceT]):
     """The entries of one holder. ``reader`` is a number that stands for a connection.
 
-    ``allocate`` returns a piece of memory for so many bytes, or None if there is none; ``offset_of`` says where it begins;
-    ``free`` takes it back. What ``is_used`` by somebody else is not worth evicting, since its memory wouldn't be free.
+    ``allocate`` returns a piece of the memory, which has ``num_bytes``, or None if there is no room for it; ``range_of`` says
+    where a piece begins and ends; ``free`` takes it back. What ``is_used`` by somebody else is not worth evicting, since its
+    memory wouldn't be free.
     """
 
     def __init__(
         self,
+        num_bytes: int,
         allocate: Callable[[int], PieceT | None],
-        offset_of: Callable[[PieceT], int],
+        range_of: Callable[[PieceT], tuple[int, int]],
         free: Callable[[PieceT], None],
         is_used: Callable[[PieceT], bool],
     ) -> None:
+        self._num_bytes = num_bytes
         self._allocate = allocate
-        self._offset_of = offset_of
+        self._range_of = range_of
         self._free = free
         self._is_used = is_used
         self._entries: OrderedDict[str, _Entry[PieceT]] = OrderedDict()  # the least recently used comes first
@@ -129,7 +134,7 @@ class OfferTable(Generic[PieceT]):
             evictions += 1
             evicted_bytes += self._entries[victim].size_bytes
             self.remove(victim)
-        self._entries[identifier] = _Entry(piece, self._offset_of(piece), size_bytes)
+        self._entries[identifier] = _Entry(piece, *self._range_of(piece), size_bytes)
         return Reserved(piece, evictions, evicted_bytes)
 
     def publish(self, identifier: str, header: EntryHeader) -> None:
@@ -224,8 +229,9 @@ class OfferTable(Generic[PieceT]):
             yield name
             if freed >= size_bytes:
                 break
-        yield from self._neighbours(size_bytes)
-        yield from self._least_recent()
+        if neighbours := self._neighbours(size_bytes):
+            yield from neighbours
+            yield from self._least_recent()  # if somebody has come between
 
     def _neighbours(self, size_bytes: int) -> list[str]:
         """Return idle entries whose memory is room of this size in one piece, if there are such.
@@ -244,27 +250,28 @@ class OfferTable(Generic[PieceT]):
             for rank, (name, entry) in enumerate(self._entries.items())
             if entry.header is not None and not entry.granted and name not in used
         }
-        retired = [(entry.offset, "") for entries in self._retired.values() for entry in entries]
-        pieces = sorted([*((entry.offset, name) for name, entry in self._entries.items()), *retired])
-        begin, best, chosen = 0, len(self._entries), range(0)
+        retired = [(entry.begin, entry.end, "") for entries in self._retired.values() for entry in entries]
+        pieces = sorted([*((entry.begin, entry.end, name) for name, entry in self._entries.items()), *retired])
+        begins = [*(begin for begin, _, _ in pieces[1:]), self._num_bytes]
+        ends = [0, *(end for _, end, _ in pieces)]
+        first, best, chosen = 0, len(self._entries), range(0)
         latest: deque[int] = deque()
-        """Of the pieces from ``begin`` on: the one that was used last, then the last of those behind it, and so on."""
-        for end, (offset, name) in enumerate(pieces):
+        """Of the pieces from ``first`` on: the one that was used last, then the last of those behind it, and so on."""
+        for last, (_, _, name) in enumerate(pieces):
             if name not in ranks:
-                begin = end + 1
+                first = last + 1
                 latest.clear()
                 continue
-            while latest and ranks[pieces[latest[-1]][1]] < ranks[name]:
+            while latest and ranks[pieces[latest[-1]][2]] < ranks[name]:
                 latest.pop()
-            latest.append(end)
-            limit = pieces[end + 1][0] if end + 1 < len(pieces) else offset + self._entries[name].size_bytes
-            while begin <= end and limit - pieces[begin][0] >= size_bytes:
-                if (rank := ranks[pieces[latest[0]][1]]) < best:
-                    best, chosen = rank, range(begin, end + 1)
-                if latest[0] == begin:
+            latest.append(last)
+            while first <= last and begins[last] - ends[first] >= size_bytes:  # from the piece before to the one behind
+                if (rank := ranks[pieces[latest[0]][2]]) < best:
+                    best, chosen = rank, range(first, last + 1)
+                if latest[0] == first:
                     latest.popleft()
-                begin += 1
-        return [pieces[index][1] for index in chosen]
+                first += 1
+        return [pieces[index][2] for index in chosen]
 
     def _least_recent(self) -> Iterator[str]:
         """Yield what may be evicted; the least recently used comes first.
@@ -300,5 +307,5 @@ class OfferTable(Generic[PieceT]):
         elif reader not in entry.granted:
             entry.granted.add(reader)
             self._num_granted[reader] += 1
-        here = Here(identifier, entry.offset, header.dtype, list(header.shape), header.checksum, granted)
+        here = Here(identifier, entry.begin, header.dtype, list(header.shape), header.checksum, granted)
         self._notices.append(Notice(reader, here))
