@@ -138,6 +138,19 @@ def test_an_instance_with_another_role_waits_until_the_one_at_its_url_is_gone(me
     assert replaced.role is Role.PD
 
 
+def test_an_instance_gets_another_role_when_its_source_says_so(members: Members) -> None:
+    members.membership.note_list("file:x", [Listed(URL, Role.ENCODER), Listed(OTHER, Role.PD)])
+    members.succeed(URL)
+    members.membership.note_list("file:x", [Listed(URL, Role.PREFILL), Listed(OTHER, Role.DECODE)])
+    assert {one.url: one.role for one in members.fleet.instances} == {URL: Role.PREFILL, OTHER: Role.DECODE}
+
+
+def test_an_administrator_can_add_what_was_removed_with_another_role(members: Members) -> None:
+    members.membership.note_list(OPTIONS, [Listed(URL, Role.PD)])
+    members.membership.remove(URL)
+    assert members.membership.add(URL, Role.ENCODER).role is Role.ENCODER
+
+
 def test_what_does_not_go_with_the_fleet_is_added_when_the_others_are_gone(members: Members) -> None:
     members.membership.note_list("file:x", [Listed(URL, Role.PD)])
     members.membership.note_list("file:y", [Listed(OTHER, Role.PREFILL)])
@@ -238,6 +251,12 @@ def test_a_lease_for_the_url_of_an_instance_with_another_role_is_refused(members
     members.join()
     with pytest.raises(ConflictError, match="its role is encoder"):
         members.membership.renew(replace(LEASE, role="pd"), 1.0)
+
+
+def test_a_process_that_takes_the_place_of_a_killed_one_may_have_another_role(members: Members) -> None:
+    members.join()
+    assert members.join(replace(LEASE, role="pd", incarnation="second"), 1.0).role is Role.PD
+    assert members.states == {URL: "healthy"}
 
 
 def test_a_lease_of_a_role_that_does_not_go_with_the_fleet_is_refused(members: Members) -> None:

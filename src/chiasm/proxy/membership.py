@@ -107,7 +107,8 @@ class Membership:
             raise ConflictError(refusal)
         self._dismissed.pop(url, None)
         for one in self._lists.values():
-            one.overruled.discard(url)
+            if url in one.listed and one.listed[url].role is role:
+                one.overruled.discard(url)
         self._lists[ADMIN].listed[url] = Listed(url, role)
         self.settle()
         instance = self._fleet.get(url)
@@ -128,6 +129,12 @@ class Membership:
         self.settle()
         return instance
 
+    def says_role(self, url: str) -> Role | None:
+        """Return the role that the instance at a URL said last that it has; None if there is none, or it doesn't say."""
+        instance = self._fleet.get(url)
+        said = instance.health.role if instance is not None and instance.health is not None else ""
+        return Role(said) if said in set(Role) else None
+
     # ---- leases ----------------------------------------------------------------------------------------------------------
 
     def lease_of(self, url: str) -> Lease | None:
@@ -144,6 +151,9 @@ class Membership:
             raise ConflictError(
                 f"An administrator has removed {lease.url} from this fleet; restart it to have it join again."
             )
+        held = self._leases.get(lease.url)
+        if held is not None and held.lease.incarnation != lease.incarnation and held.lease.role != lease.role:
+            self.release(lease.url)  # its process is gone, since another one answers at the URL
         role = Role(lease.role)
         known = self._fleet.get(lease.url)
         if known is not None and known.role is not role:
@@ -202,7 +212,8 @@ class Membership:
         """Make the fleet what the sources say."""
         wanted = self._wanted()
         for instance in self._fleet.instances:
-            if instance.url not in wanted and not instance.draining:
+            one = wanted.get(instance.url)
+            if not instance.draining and (one is None or one.role is not instance.role):
                 self._fleet.remove(instance)
         for url, one in wanted.items():
             self._keep(url, one)

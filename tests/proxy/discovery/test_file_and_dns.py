@@ -20,7 +20,7 @@ from chiasm.proxy.discovery.sources import Sources, parse_source
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.membership import Membership
 from chiasm.proxy.upstream import UpstreamError
-from chiasm.wire import Role
+from chiasm.wire import Health, Role
 
 ENCODER = Found("http://10.0.0.5:8001", Role.ENCODER)
 PD = Found("http://10.0.0.6:8001", Role.PD)
@@ -204,6 +204,28 @@ async def test_an_instance_whose_source_does_not_know_its_role_is_asked_until_it
     await asyncio.wait_for(added.wait(), 60)
     (instance,) = fleet.instances
     assert (instance.url, instance.role, instance.sources) == (ENCODER.url, Role.PD, ("dns:encoders:8001",))
+    await sources.close()
+
+
+async def test_an_address_that_goes_to_an_instance_with_another_role_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chiasm.proxy.discovery.sources._ASK_SECONDS", 0.01)
+    fleet, added = Fleet(), asyncio.Queue[Role]()
+    fleet.on_add = lambda instance: added.put_nowait(instance.role)
+    answers = [Role.PD, Role.ENCODER]
+
+    async def role_at(url: str) -> Role:
+        return answers.pop(0)
+
+    source = DnsSource("dns:encoders:8001", "encoders", 8001, None, Names(["10.0.0.5"]))
+    sources = Sources([source], Membership(fleet), role_at)
+    sources.start()
+    assert await asyncio.wait_for(added.get(), 60) is Role.PD
+    (instance,) = fleet.instances
+    fleet.succeed(instance, Health(model="tiny", role="encoder"))
+    assert await asyncio.wait_for(added.get(), 60) is Role.ENCODER
+    assert [one.url for one in fleet.instances] == [ENCODER.url]
     await sources.close()
 
 

@@ -106,17 +106,22 @@ class Sources:
         self._membership.note_list(source.name, listed, keeps=source.keeps)
 
     async def _ask(self) -> None:
-        """Ask instances for their roles, again and again until they have said so."""
+        """Ask instances for their roles, again and again until they have said so, and when they say another one."""
         while True:
             unknown = {
                 one.url
                 for found in self._found.values()
                 for one in found
-                if one.role is None and one.url not in self._roles
+                if one.role is None and not self._is_known(one.url)
             }
             if unknown:
                 await asyncio.gather(*(self._learn(url) for url in unknown))
             await asyncio.sleep(_ASK_SECONDS)
+
+    def _is_known(self, url: str) -> bool:
+        """Return whether the role of what is at a URL is known: an address may go to an instance with another one."""
+        role = self._roles.get(url)
+        return role is not None and self._membership.says_role(url) in (None, role)
 
     async def _learn(self, url: str) -> None:
         with contextlib.suppress(ChiasmError, TimeoutError):
