@@ -19,13 +19,15 @@ ANSWERS = {
     "/strange/health": (200, b"[1]"),
     "/broken/health": (200, b"{"),
 }
+CUT_OFF = "/cut-off/health"
+"""An error whose body ends too early, as that of a server that is killed."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        status, body = ANSWERS[self.path]
+        status, body = ANSWERS.get(self.path, (503, b"{"))
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + (self.path == CUT_OFF)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -98,7 +100,7 @@ def test_a_proxy_that_cannot_answer_requests_still_reports_states(url: str) -> N
     assert eventually(lambda: states(f"{url}/partly") == {"http://e": "starting"})
 
 
-@pytest.mark.parametrize("path", ["strange", "broken"])
+@pytest.mark.parametrize("path", ["strange", "broken", "cut-off"])
 def test_a_response_that_cannot_be_read_yields_no_states(url: str, path: str) -> None:
     assert states(f"{url}/{path}") == {}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import ssl
 import sys
-import urllib.error
 import urllib.request
 
 import msgspec
@@ -17,7 +16,20 @@ from chiasm.wire import Health, InstanceInfo, ProxyHealth
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 _HEALTH_SECONDS = 2.0
 _PROGRESS_SECONDS = 0.2
+_Response = http.client.HTTPResponse
+
+
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Takes an answer with whatever status: as an exception, it would be read where a second one isn't caught."""
+
+    def http_response(self, request: urllib.request.Request, response: _Response) -> _Response:
+        return response
+
+    https_response = http_response
+
+
 _OPENER = urllib.request.build_opener(
+    _AnyStatus,
     urllib.request.ProxyHandler({}),  # HTTP_PROXY is not for this machine
     urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),  # a certificate names the machine otherwise
 )
@@ -104,8 +116,5 @@ def _get(url: str, timeout_seconds: float, *, key: str | None) -> tuple[int, byt
     try:
         with _OPENER.open(urllib.request.Request(url, headers=headers), timeout=timeout_seconds) as response:
             return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read()
     except (OSError, http.client.HTTPException):
         return 0, b""
