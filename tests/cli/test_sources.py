@@ -152,6 +152,15 @@ def test_a_dry_run_shows_commands_without_secrets_and_leaves_nothing(checkpoint:
     assert deployment.processes == []
 
 
+def test_a_dry_run_shows_numbers_as_they_are(checkpoint: Path) -> None:
+    arguments = ["--prefills", "1", "--decodes", "1", "--encoders", "0", "--port", "0", "--dry-run"]
+    arguments += ["--deadline-seconds", "1234567.25", "--kv-lease-seconds", "1.23456789"]
+    settings = serve.parser().parse([str(checkpoint), *arguments], {})
+    shown = preview(Deployment(serve.deployment_config(settings)))
+    assert shown.count("--deadline-seconds 1234567.25") == 3
+    assert "--kv-lease-seconds 1.23456789 " in shown
+
+
 def test_a_dry_run_names_the_encoders_that_run_only_while_they_are_needed(checkpoint: Path) -> None:
     settings = serve.parser().parse([str(checkpoint), "--encoders", "1..3", "--port", "0", "--dry-run"], {})
     deployment = Deployment(serve.deployment_config(settings))

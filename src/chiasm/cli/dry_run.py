@@ -72,7 +72,7 @@ def _texts(option: NamedOption, value: Any) -> list[str]:
     if option.option.json:
         return [json.dumps(value, default=str)]
     if not isinstance(value, tuple):
-        return [f"{value:g}" if isinstance(value, float) else str(value)]
+        return [str(value).removesuffix(".0") if isinstance(value, float) else str(value)]
     texts = [str(one) for one in value]
     is_one = bool(option.option.separator) or option.type == tuple[int, ...]
     return [(option.option.separator or ",").join(texts)] if is_one else texts
