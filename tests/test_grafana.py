@@ -78,6 +78,12 @@ def test_expressions_ask_for_what_is_exported(title: str, expression: str, expor
         assert set(re.findall(r"(\w+)\s*(?:=|!=|=~)", matchers)) <= exported[name] | OF_SCRAPES
 
 
+@pytest.mark.parametrize(("title", "expression"), list(expressions()))
+def test_instances_are_counted_once_however_many_proxies_know_them(title: str, expression: str) -> None:
+    is_count = re.search(r"(?:sum|count)(?: by \(role\))? \(chiasm_proxy_instance_healthy", expression) is not None
+    assert not is_count or expression.endswith("== 0")
+
+
 def test_every_alert_has_an_expression_a_summary_and_a_row_in_the_docs() -> None:
     for rule in ALERTS["groups"][0]["rules"]:
         assert rule["annotations"]["summary"].endswith(".")

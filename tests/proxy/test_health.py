@@ -256,6 +256,15 @@ async def test_metrics_count_what_happened(start: Start) -> None:
     assert await front.metric("process_resident_memory_bytes") > 0
 
 
+async def test_metrics_say_that_a_role_is_missing_also_when_no_instance_is_known(start: Start) -> None:
+    pd = FakeInstance("pd")
+    front = await start([pd])
+    assert await front.metric("chiasm_proxy_ready") == 1
+    front.service.membership.remove(pd.url)
+    assert await front.states() == {}
+    assert await front.metric("chiasm_proxy_ready") == 0
+
+
 async def test_no_label_comes_from_a_client(start: Start) -> None:
     front = await start([FakeInstance("pd")])
     await front.post(ask("x", model="evil-model"), **{"X-Request-Id": "evil-id"})

@@ -230,6 +230,11 @@ class _FleetCollector(Collector):
         return self._families()
 
     def _families(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily(
+            "chiasm_proxy_ready",
+            "1 if requests for text can be answered, 0 while a role has no instance for that, known or not.",
+            value=float(self._fleet.missing is None),
+        )
         labels = ["url", "role"]
         healthy = GaugeMetricFamily(
             "chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0.", labels=labels
