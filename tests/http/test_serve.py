@@ -95,7 +95,7 @@ def is_stopping(process: subprocess.Popen[str]) -> bool:
     return process.stdout.readline() == "stopping\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_after_a_signal_a_stream_ends_whole_and_nothing_new_begins(number: signal.Signals) -> None:
     with server(LONG) as (process, url), httpx.stream("POST", url, content=b"x", timeout=60) as response:
         chunks = response.iter_text()
@@ -108,6 +108,18 @@ def test_after_a_signal_a_stream_ends_whole_and_nothing_new_begins(number: signa
         assert refused.headers["connection"] == "close"
         httpx.get(f"{url}/go", timeout=60)
         assert "".join(chunks) == "data: [DONE]\n\n"
+
+
+def test_a_server_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server(LONG) as (process, url):
+            process.send_signal(signal.SIGHUP)
+            assert httpx.get(f"{url}/go", timeout=60).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert is_stopping(process)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_ends_a_stream_at_once_with_an_error() -> None:

@@ -23,7 +23,8 @@ from chiasm.http.shutdown import Shutdown
 from chiasm.http.tls import certificate_of
 from chiasm.http.tls_listener import TlsListener
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""They ask for the end. SIGHUP doesn't where it is ignored, as with nohup."""
 _KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections in their pools, so that clients close them and no request meets a closed one."""
 _CLOSE_SECONDS = 1
@@ -31,7 +32,7 @@ _CLOSE_SECONDS = 1
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server around an application; SIGINT, SIGTERM or ``stop`` end it, quietly and with exit code 0.
+    """uvicorn's server around an application; SIGINT, SIGTERM, SIGHUP or ``stop`` end it, quietly and with exit code 0.
 
     It listens until nothing runs anymore, so that the application can refuse what is new and say that it is stopping, and
     until clients that read slowly have the ends of their answers, at most for SECONDS_TO_READ.
@@ -145,12 +146,13 @@ class HttpServer(uvicorn.Server):
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        awaited = [one for one in _SIGNALS if one is not signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+        for number in awaited:
             loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in awaited:
                 loop.remove_signal_handler(number)
 
 
