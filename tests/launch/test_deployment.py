@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from chiasm.errors import ConfigurationError
@@ -19,10 +20,12 @@ from chiasm.launch import (
     ProcessStatus,
     RoleConfig,
     arrangement,
+    fork_server,
 )
 from chiasm.launch.gpus import Gpu
 from chiasm.wire import Role
 from tests.fleet import FORKS
+from tests.launch.waiting import command_line, eventually
 
 SMALL = {"kv_cache_bytes": 16 << 20, "max_model_len": 512}
 
@@ -137,6 +140,25 @@ def test_a_start_fails_with_the_name_of_the_gpu_if_no_instance_can_be_started(fo
         Deployment(DeploymentConfig(folder, roles, settings={"kv_cache_bytes": 1}), forks=FORKS) as deployment,
     ):
         deployment.wait_ready(180)
+
+
+def test_a_start_that_is_called_off_does_not_wait_for_what_instances_import() -> None:
+    lines: list[str] = []
+    others = psutil.Process().children()
+
+    def forking() -> list[psutil.Process]:
+        """The process that imports, and then forks."""
+        return [
+            one for one in psutil.Process().children() if one not in others and fork_server.COMMAND in command_line(one)
+        ]
+
+    config = DeploymentConfig("demo", {Role.PD: RoleConfig(2)}, shutdown_timeout_seconds=20, settings=SMALL)
+    with Deployment(config, on_line=lambda name, text: lines.append(f"{name} {text}")) as deployment:
+        assert eventually(forking)
+        forking()[0].suspend()
+        deployment.drain(lambda: False)
+        assert {process.state for process in deployment.processes} == {ProcessState.STOPPED}
+    assert not [line for line in lines if "cannot be started" in line]
 
 
 def test_the_file_of_shared_cores_is_removed_at_the_end() -> None:

@@ -204,7 +204,8 @@ class Child:
         try:
             process = self._start(self.command, self._environment)  # without the lock, since it may take seconds
         except OSError as error:
-            self._note(f"cannot be started: {error}")
+            if not self._ending.is_set():
+                self._note(f"cannot be started: {error}")
             return None
         with self._lock:
             self._process = process

@@ -360,9 +360,11 @@ class Deployment:
             self._scaling.close()
         until = time.monotonic() + self.config.shutdown_timeout_seconds
         proxy, instances = self._in_order()
-        for children in (proxy, instances if self.config.engine is EngineKind.CHIASM else []):
+        for children in (proxy, instances) if self.config.engine is EngineKind.CHIASM else (proxy,):
             for child in children:
                 child.end()
+            if children is instances and self._has_forks:
+                self._forks.close()  # what is yet to be forked would end at once, and its imports take seconds
             while not all(child.join(0.0) for child in children):
                 if time.monotonic() > until or is_hurried():
                     return
