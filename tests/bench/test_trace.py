@@ -72,6 +72,18 @@ def test_requests_need_different_times(tmp_path: Path) -> None:
             read_trace(_file(tmp_path, *lines))
 
 
+@pytest.mark.parametrize("last", [1e-310, 1e-9])
+def test_requests_need_times_that_can_be_told_apart(tmp_path: Path, last: float) -> None:
+    with pytest.raises(ConfigurationError, match="at least two requests at different times"):
+        read_trace(_file(tmp_path, _GOOD, _GOOD | {"time": last}))
+
+
+def test_times_may_be_unix_times(tmp_path: Path) -> None:
+    trace = read_trace(_file(tmp_path, _GOOD | {"time": 1_780_000_000.5}, _GOOD | {"time": 1_780_000_002.5}))
+    assert trace.rate == 0.5
+    assert [one.time for one in trace.pattern(0)] == [0.0, 1.0]
+
+
 def test_a_trace_has_a_largest_length(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=f"line {MAX_LINES + 1}: "):
         read_trace(_file(tmp_path, *[json.dumps(_GOOD)] * (MAX_LINES + 1)))

@@ -4,8 +4,8 @@
 
     {"time": 12.5, "prompt_tokens": 120, "images": [[1024, 768], 512], "answer_tokens": 64, "image_ids": ["a", "b"]}
 
-``time`` is in seconds and must not go back, an image is ``[width, height]`` or one number for a square, and images with the
-same id are the same file. ``images`` and ``image_ids`` may be left out.
+``time`` is in seconds, from whenever you like, and must not go back; an image is ``[width, height]`` or one number for a
+square, and images with the same id are the same file. ``images`` and ``image_ids`` may be left out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ MAX_LINES = 100_000
 _MAX_LINE_BYTES = 1 << 16
 _WINDOW = 60
 """Requests of a trial."""
+_LEAST_SECONDS = 1e-6
+"""From the first request to the last."""
 
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
 # Not tuple[Pixels, Pixels]: msgspec 0.22 crashes on a union with a tuple of constrained numbers.
 WidthAndHeight = Annotated[list[Pixels], msgspec.Meta(min_length=2, max_length=2)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e10)]  # Unix time too
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -83,7 +85,7 @@ def read_trace(file: Path) -> Trace:
                     found.append(_arrival(file, number, line, found[-1].time if found else 0.0))
     except OSError as error:
         raise ConfigurationError(f"Cannot read the trace {file}: {error.strerror or error}.") from error
-    if len(found) < 2 or found[-1].time <= found[0].time:
+    if len(found) < 2 or found[-1].time - found[0].time < _LEAST_SECONDS:
         raise ConfigurationError(f"{file} needs at least two requests at different times.")
     return Trace(file.stem, found)
 
