@@ -9,7 +9,7 @@ import pytest
 
 from chiasm.doctor import Result
 from chiasm.doctor.client import Limits
-from chiasm.doctor.end_to_end import MAX_PAIRS, pairs
+from chiasm.doctor.end_to_end import MAX_PAIRS, chains, pairs
 from chiasm.doctor.observed import Observed
 from chiasm.doctor.running import examine_instances
 from tests.doctor import played
@@ -139,6 +139,22 @@ async def test_kv_that_is_fetched_is_ok() -> None:
     assert verdicts(await travel(played.encoder(), prefill, decode)) == ["ok", "ok"]
     assert prefill.bodies[0]["kv_transfer_params"]["do_remote_decode"] is True
     assert decode.bodies[0]["kv_transfer_params"]["remote_engine_id"] == "p"
+
+
+async def test_each_encoder_sends_an_image_to_a_prefill_instance() -> None:
+    good, broken = played.encoder(), played.encoder()
+    broken.status = 503
+    found = problem(await travel(good, broken, played.reader("prefill"), played.decode()))
+    assert f"encoder {broken.url} was sent an image, and answered HTTP 503" in found.says
+
+
+@pytest.mark.parametrize("numbers", [(1, 1, 1), (3, 1, 1), (1, 2, 3), (3, 2, 2), (2, 40, 1), (20, 3, 7)])
+def test_all_pairs_of_encoders_and_prefills_and_of_prefills_and_decodes_occur(numbers: tuple[int, int, int]) -> None:
+    roles = ("encoder", "prefill", "decode")
+    made = [[Observed(f"{role}{n}", role) for n in range(count)] for role, count in zip(roles, numbers, strict=True)]
+    ways = [tuple(one.url for one in way) for way in chains(*made)]
+    assert {way[:2] for way in ways} == {(one.url, other.url) for one, other in pairs(made[0], made[1])}
+    assert {way[1:] for way in ways} == {(one.url, other.url) for one, other in pairs(made[1], made[2])}
 
 
 async def test_kv_that_is_not_fetched_is_a_problem() -> None:

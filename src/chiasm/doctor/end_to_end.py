@@ -62,15 +62,15 @@ async def check_instances(client: Client, instances: Sequence[Observed]) -> Asyn
         else:
             for result in await _check_pair(client, encoder, pd):
                 yield result
-    for number, (prefill, decode) in enumerate(pairs(of[Role.PREFILL], of[Role.DECODE])):
-        way = f"{prefill.name} to {decode.name}"
+    for encoder, prefill, decode in chains(encoders, of[Role.PREFILL], of[Role.DECODE]):
         if time.monotonic() >= until:
-            yield _KV.skipped(f"{way}: {_TOO_LATE}")
-        elif not encoders:
-            yield _KV.skipped(f"{way}: there is no encoder for the image to be sent")
+            yield _KV.skipped(f"{encoder.name} to {prefill.name} to {decode.name}: {_TOO_LATE}")
         else:
-            for result in await _check_pair(client, encoders[number % len(encoders)], prefill, decode):
+            for result in await _check_pair(client, encoder, prefill, decode):
                 yield result
+    if not encoders:
+        for prefill, decode in pairs(of[Role.PREFILL], of[Role.DECODE]):
+            yield _KV.skipped(f"{prefill.name} to {decode.name}: there is no encoder for the image to be sent")
     if (of[Role.PD] or of[Role.PREFILL]) and not encoders:
         yield _EMBEDDING.skipped("no healthy encoder could send one")
     elif encoders and not (of[Role.PD] or (of[Role.PREFILL] and of[Role.DECODE])):
@@ -85,6 +85,18 @@ def pairs(senders: Sequence[Observed], readers: Sequence[Observed]) -> list[tupl
         return list(product(senders, readers))
     count = max(len(senders), len(readers))
     return [(senders[n % len(senders)], readers[n % len(readers)]) for n in range(count)]
+
+
+def chains(
+    encoders: Sequence[Observed], prefills: Sequence[Observed], decodes: Sequence[Observed]
+) -> Iterator[tuple[Observed, Observed, Observed]]:
+    """Yield ways of an image through one of each, in which all ``pairs`` of encoders and Ps, and of Ps and Ds, occur."""
+    ways, further = pairs(encoders, prefills), pairs(prefills, decodes)
+    for one in prefills:
+        senders = [encoder for encoder, prefill in ways if prefill is one]
+        readers = [decode for prefill, decode in further if prefill is one]
+        for n in range(max(len(senders), len(readers)) if senders and readers else 0):
+            yield senders[n % len(senders)], one, readers[n % len(readers)]
 
 
 async def check_proxy(client: Client, proxy: ObservedProxy, instances: Sequence[Observed]) -> Result:
