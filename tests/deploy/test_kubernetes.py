@@ -134,7 +134,10 @@ def test_helm_finds_nothing_wrong() -> None:
         ({"instances": {"pd": {"replicas": 0}}}, "Nothing answers"),
         ({"instances": {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}}, "set instances.pd.replicas to 0"),
         ({"instances": {"prefill": {"replicas": 1}}}, "set instances.pd.replicas to 0"),
-        ({"instances": {"encoder": {"replicas": 0}}, "autoscaling": {"kind": "cpu"}}, "give instances.encoder replicas"),
+        (
+            {"instances": {"encoder": {"replicas": 0}}, "autoscaling": {"kind": "cpu"}},
+            "give instances.encoder replicas",
+        ),
         ({"autoscaling": {"kind": "cpu", "min": 5}}, "autoscaling.max is 4, less than autoscaling.min"),
         ({"autoscaling": {"kind": "keda"}}, "autoscaling.prometheusUrl is needed"),
         ({"autoscaling": {"kind": "external", "metric": {"name": ""}}}, "name"),

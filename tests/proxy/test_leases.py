@@ -249,6 +249,27 @@ async def test_a_proxy_that_has_just_started_lets_requests_wait_for_instances_th
     assert (await request).status == 200
 
 
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_requests_wait_for_what_takes_the_place_of_the_last_instance_that_drains(
+    start: Start, join: Join, has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_JOIN_SECONDS", 0.0)
+    front = await start([], wait_for_instance_seconds=60.0, probe_interval_seconds=60.0)
+    member = await join(front, "pd")
+    await front.until(member.instance, "healthy")
+    member.status = "draining"
+    member.joiner.change()
+    await front.until(member.instance, "draining")
+    if has_ended:
+        await member.joiner.close()
+        assert await front.states() == {}
+    request = asyncio.ensure_future(front.post(ask("x")))
+    while not request.done() and not await front.metric('chiasm_proxy_requests_waiting{reason="instance"}'):
+        pass
+    await join(front, "pd", incarnation="pd-2")
+    assert (await request).status == 200
+
+
 async def test_it_does_not_wait_for_long_for_what_may_never_join(
     start: Start, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,8 @@ class Fleet:
         self._instances: dict[str, Instance] = {}
         self._healthy: dict[tuple[Role, ...], Sequence[Instance]] = {}
         self._agreement: Agreement | None = None
+        self._farewells: dict[Role, float] = {}
+        """When an instance of a role said last that it ends."""
         self._added = 0
         self._taken = 0
         self._reports = 0
@@ -258,8 +260,11 @@ class Fleet:
     def expects(self, role: Role, now: float) -> bool:
         """Return whether an instance that does what this role does is likely to be healthy soon.
 
-        It is if it was never healthy yet, was lost a short time ago, or says that it is starting.
+        It is if it was never healthy yet, was lost a short time ago, or says that it is starting. Where one has said that it
+        ends, so is the one that takes its place.
         """
+        if any(_is_recent(self._farewells.get(one), now) for one in _substitutes(role)):
+            return True
         return any(
             one.state is InstanceState.STARTING
             or (one.state is InstanceState.UNHEALTHY and one.says_starting)
@@ -401,6 +406,11 @@ class Fleet:
             self._note_load(instance, lease.load)
         instance.lease, instance.lease_fault = lease, fault
         self._judge()
+
+    def note_farewell(self, instance: Instance, now: float) -> None:
+        """Take that an instance says with its lease that it ends, as it does to be restarted or replaced."""
+        if instance.seen_healthy:
+            self._farewells[instance.role] = now
 
     def _share_costs(self, instance: Instance, *, moves: bool) -> None:
         """Take what work costs the instance to be what it costs the others of its role on its device; ``moves`` if that is new.

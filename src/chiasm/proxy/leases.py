@@ -113,7 +113,9 @@ class Leases:
         known = self._membership.lease_of(lease.url)
         if known is not None and known.incarnation == lease.incarnation:
             instance = self._membership.renew(lease, time.monotonic())
-            if lease.status not in (known.status, DRAINING):
+            if lease.status == DRAINING != known.status:
+                self._fleet.note_farewell(instance, time.monotonic())
+            elif lease.status != known.status:
                 await self._prober.check(instance)
             return instance
         before = self._fleet.get(lease.url)
@@ -132,6 +134,8 @@ class Leases:
     def _leave(self, lease: Lease) -> None:
         known = self._membership.lease_of(lease.url)
         if known is not None and known.incarnation == lease.incarnation:
+            if (instance := self._fleet.get(lease.url)) is not None:
+                self._fleet.note_farewell(instance, time.monotonic())
             self._membership.release(lease.url)
 
     def _terms(self) -> LeaseAnswer:
