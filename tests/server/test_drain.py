@@ -172,3 +172,11 @@ def test_the_url_of_an_instance_is_its_address_or_the_one_that_it_is_given(
     host: str, advertised: str, url: str
 ) -> None:
     assert own_url(host, 8001, ["http://127.0.0.1:8000"], advertised) == url
+
+
+def test_an_instance_can_start_before_the_name_of_its_proxy_is_known(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("chiasm.server.advertise._SOMEWHERE", ("127.0.0.1", 9))
+    assert own_url("0.0.0.0", 8001, ["http://proxy.invalid:8000"], "") == "http://127.0.0.1:8001"
+    assert "proxies will be told 127.0.0.1" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -12,6 +13,9 @@ from chiasm.http.listen import base_url, check_instance_url, check_url, is_loopb
 
 MAX_PROXIES = 64
 _WILDCARDS = ("", "0.0.0.0", "::")
+_SOMEWHERE = ("192.0.2.1", 9)
+"""An address that is only for documentation."""
+_log = logging.getLogger(__name__)
 
 
 def check_proxies(proxies: Sequence[str], host: str, advertise_url: str) -> tuple[str, ...]:
@@ -45,18 +49,33 @@ def own_url(host: str, port: int, proxies: Sequence[str], advertise_url: str, sc
 
 
 def _address_towards(url: str) -> str:
-    """Return the address of this machine from which packets to a URL go. Raises ConfigurationError."""
+    """Return the address of this machine from which packets to a URL go. Raises ConfigurationError.
+
+    While the URL's name isn't known, as before the proxy is there, that is the address from which other machines are reached.
+    """
     parts = urlsplit(url)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
+        family, _, _, _, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+        is_known = True
+    except (OSError, UnicodeError):
+        family, address, is_known = socket.AF_INET, _SOMEWHERE, False
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
-            return str(probe.getsockname()[0])
+            own = str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigurationError(
             f"--join {url}: the address of this machine on the way there can't be found ({error}); give --advertise-url the "
             "URL under which the proxy reaches this instance."
         ) from None
+    if not is_known:
+        _log.warning(
+            "The name in --join %s has no address yet, so proxies will be told %s, from which this machine reaches others. If "
+            "it isn't that, give --advertise-url the URL under which they reach this instance.",
+            url,
+            own,
+        )
+    return own
 
 
 def _is_address(host: str) -> bool:
