@@ -309,6 +309,17 @@ async def test_while_the_server_is_gone_everything_stays_and_it_is_asked_again(w
     assert server.lists == 1
 
 
+async def test_a_server_that_forbids_it_makes_the_log_say_what_the_account_may_not(
+    watching: Watching, caplog: pytest.LogCaptureFixture
+) -> None:
+    await watching.urls()
+    events = await watching.server.watch()
+    watching.server.status = 403
+    events.put_nowait(event("ERROR", {"code": 410}))
+    await watching.server.until_called(6)
+    assert "may list and watch endpointslices of discovery.k8s.io" in caplog.text
+
+
 async def test_the_token_is_read_again_for_each_call(watching: Watching) -> None:
     await watching.urls()
     events = await watching.server.watch()

@@ -34,6 +34,7 @@ _PAGE = 250
 _MAX_BYTES = 32 << 20
 """Of a page of a list, or of an event."""
 _GONE = 410
+_FORBIDDEN = (401, 403)
 
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -270,5 +271,10 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 def _check(response: aiohttp.ClientResponse) -> None:
     if response.status == _GONE:
         raise GoneError
+    if response.status in _FORBIDDEN:
+        raise OSError(
+            f"the server answers with status {response.status}; bind a role to the service account of the proxy's pod that may "
+            "list and watch endpointslices of discovery.k8s.io in this namespace"
+        )
     if response.status != 200:
         raise OSError(f"the server answers with status {response.status}")
