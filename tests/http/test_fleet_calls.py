@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from chiasm.http.fleet_calls import (
     MAX_REMEMBERED,
     VALID_SECONDS,
     FleetGuard,
+    OtherClock,
     body_digest,
     caller_of,
     check_fleet,
@@ -74,6 +76,16 @@ async def test_a_signed_call_is_one_of_the_fleet() -> None:
     instance = Instance()
     assert await instance.call(signed(client="a key's name")) is None
     assert instance.is_of_fleet
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has a clock that stands still in suspend")
+async def test_a_call_after_the_machine_was_suspended_has_the_time_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance, clock, read = Instance(), OtherClock(), time.clock_gettime
+    clock.set(NOW * 1000)
+    monkeypatch.setattr(time, "clock_gettime", lambda which: read(which) + 600 * (which == time.CLOCK_BOOTTIME))
+    instance.now = NOW + 600
+    headers = signature(KEY, "POST", "/p", body_digest(BODY), clock_milliseconds=clock.milliseconds)
+    assert await instance.call(headers) is None
 
 
 async def test_a_call_without_signature_passes_as_a_strangers() -> None:

@@ -46,6 +46,28 @@ class Caller(NamedTuple):
 # ---- the one that calls ------------------------------------------------------------------------------------------------
 
 
+class OtherClock:
+    """The clock of who is called, as it last told it. It goes on while this machine is suspended."""
+
+    def __init__(self) -> None:
+        self._ahead_seconds: float | None = None
+
+    def set(self, milliseconds: int | None) -> None:
+        """Take what it says now in Unix time; None if that isn't known."""
+        self._ahead_seconds = None if milliseconds is None else milliseconds / 1000 - _unbroken_seconds()
+
+    @property
+    def milliseconds(self) -> int | None:
+        """What it says now; None if it has told nothing."""
+        ahead = self._ahead_seconds
+        return None if ahead is None else int((_unbroken_seconds() + ahead) * 1000)
+
+
+def _unbroken_seconds() -> float:
+    """Return seconds of a clock that nobody sets. On Linux, that of ``time.monotonic`` stands still while it is suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def body_digest(body: bytes) -> bytes:
     """Return what a signature says about a body (BLAKE3)."""
     return blake3(body).digest()

@@ -188,7 +188,7 @@ class Prober:
             self._fleet.fail(instance, error.message, time.monotonic())
             return
         line.hear()
-        line.set_clock(health.clock_milliseconds)
+        line.clock.set(health.clock_milliseconds)
         if instance.is_silent and instance.seen_healthy:
             self._metrics.instances_returned.labels(instance.role.value).inc()
             _log.warning(

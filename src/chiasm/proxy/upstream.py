@@ -19,7 +19,7 @@ from chiasm import __version__
 from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
 from chiasm.http.body import joined
-from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.timing import TimingEntry, read_timing
 from chiasm.http.vanished import break_if_vanished
 from chiasm.wire import CLIENT_HEADER, UNREADABLE, ErrorBody, ErrorDetail
@@ -127,7 +127,8 @@ class Line:
     """The calls of one instance that are under way, when it was last heard of, and what its clock says."""
 
     def __init__(self) -> None:
-        self._clock_ahead_seconds: float | None = None
+        self.clock = OtherClock()
+        """The instance's."""
         self.heard_at = -math.inf
         """When the last byte of a response arrived, on the clock of ``time.monotonic``."""
         self._ways_to_end: dict[object, Callable[[], None]] = {}
@@ -139,16 +140,6 @@ class Line:
     def hear(self) -> None:
         """Note that the instance has sent something."""
         self.heard_at = time.monotonic()
-
-    @property
-    def clock_milliseconds(self) -> int:
-        """Unix time on the instance's clock, as it last told; on this machine's if it never did."""
-        ahead = self._clock_ahead_seconds
-        return int((time.time() if ahead is None else time.monotonic() + ahead) * 1000)
-
-    def set_clock(self, milliseconds: int | None) -> None:
-        """Note what the instance's clock says now; None if it doesn't tell."""
-        self._clock_ahead_seconds = None if milliseconds is None else milliseconds / 1000 - time.monotonic()
 
     def begin(self, call: object, end: Callable[[], None]) -> None:
         """Count a call, which ``end`` breaks off."""
@@ -274,7 +265,7 @@ class Upstream:
             return headers
         is_small = len(body) <= _INLINE_BYTES
         digest = body_digest(body) if is_small else await asyncio.to_thread(body_digest, body)
-        clock, client = self.line(instance_url).clock_milliseconds, headers.get(CLIENT_HEADER, "")
+        clock, client = self.line(instance_url).clock.milliseconds, headers.get(CLIENT_HEADER, "")
         return {**headers, **signature(key, method, path, digest, clock_milliseconds=clock, client=client)}
 
     async def post(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from chiasm.fleet_key import FleetKey
-from chiasm.http.fleet_calls import body_digest, signature
+from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.http.lookup import Lookup, addresses_of, look_up
 from chiasm.server.advertise import MAX_PROXIES
@@ -152,8 +151,8 @@ class _Line:
         self._session = session
         self._key = key
         self._describe = describe
-        self._clock_ahead_seconds: float | None = None
-        """Of the proxy's clock before ``time.monotonic``."""
+        self._clock = OtherClock()
+        """The proxy's."""
         self._told = ""
         self.changed = asyncio.Event()
         self.is_held = False
@@ -225,17 +224,16 @@ class _Line:
         body = msgspec.json.encode(lease)
         headers = dict(self._headers)
         if self._key is not None:
-            if self._clock_ahead_seconds is None:
-                self._learn(await self._send("GET", b"", headers))
-            assert self._clock_ahead_seconds is not None
-            clock = int((time.monotonic() + self._clock_ahead_seconds) * 1000)
+            if self._clock.milliseconds is None:
+                self._clock.set((await self._send("GET", b"", headers)).clock_milliseconds)
+            clock = self._clock.milliseconds
             headers |= signature(self._key, "POST", LEASE_PATH, body_digest(body), clock_milliseconds=clock)
         try:
             answer = await self._send("POST", body, headers)
         except RefusedError:
-            self._clock_ahead_seconds = None  # the proxy's clock may have been set
+            self._clock.set(None)  # the proxy's clock may have been set
             raise
-        self._learn(answer)
+        self._clock.set(answer.clock_milliseconds)
         return answer
 
     async def _send(self, method: str, body: bytes, headers: dict[str, str]) -> LeaseAnswer:
@@ -258,9 +256,6 @@ class _Line:
             return _answer.decode(content)
         except UNREADABLE as error:
             raise RefusedError(f"its answer is not that of a proxy: {error}") from None
-
-    def _learn(self, answer: LeaseAnswer) -> None:
-        self._clock_ahead_seconds = answer.clock_milliseconds / 1000 - time.monotonic()
 
     def _note(self, is_held: bool, text: str, level: int = logging.WARNING) -> None:
         """Note whether the lease is held; log what is new."""
