@@ -179,3 +179,14 @@ async def test_a_file_that_is_replaced_written_or_removed_is_noticed(
         await anext(changes)
         path.unlink()
         await anext(changes)
+
+
+async def test_a_file_whose_mode_is_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been refused because others could write to it."""
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    path = tmp_path / "a"
+    path.touch(0o666)
+    changes = watch.FileWatch([path]).changes()
+    path.chmod(0o600)
+    async with asyncio.timeout(60):
+        await anext(changes)

@@ -20,7 +20,7 @@ _ReadT = TypeVar("_ReadT")
 
 
 class FileWatch:
-    """Looks once a second whether one of some files is another one than before, however it was replaced."""
+    """Looks once a second whether one of some files is another one than before, however it was replaced, or who may use it."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -89,4 +89,9 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    who = (
+        found.st_mode,
+        found.st_uid,
+        found.st_gid,
+    )  # a file that was refused for what others may do with it may be fit now
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, *who
