@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from vllm.distributed.ec_transfer.ec_connector.factory import ECConnectorFactory
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics import loggers
 
 from chiasm.integrations.vllm.ec_connector import ChiasmECConnector
 from chiasm.integrations.vllm.health import role_of
@@ -19,6 +22,14 @@ from .processes import ROOT
 
 _OVERLAYS = ROOT / "deploy" / "kubernetes" / "overlays"
 _ROLES = {"vllm": (Role.ENCODER, Role.PD), "vllm-prefill-decode": (Role.ENCODER, Role.PREFILL, Role.DECODE)}
+
+
+def test_vllm_has_the_metrics_that_dashboard_and_alerts_ask_for() -> None:
+    texts = [(ROOT / "deploy" / "grafana" / name).read_text() for name in ("dashboard.json", "alerts.yaml")]
+    named = set(re.findall(r"vllm:\w+", "".join(texts)))
+    source = Path(loggers.__file__).read_text()
+    assert named
+    assert {name for name in named if f'name="{name.removesuffix("_bucket")}"' not in source} == set()
 
 
 def _container(overlay: str, role: Role) -> dict[str, Any]:
