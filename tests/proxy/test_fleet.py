@@ -53,6 +53,16 @@ def test_an_instance_is_expected_while_it_starts_and_for_a_while_after_it_was_lo
     assert not fleet.expects(Role.PD, 159.0)
 
 
+def test_an_instance_is_expected_for_a_while_after_it_has_drained_however_long_that_took() -> None:
+    fleet = Fleet()
+    instance = add(fleet, "a")
+    fleet.fail(instance, "draining", 100.0, says_draining=True)
+    fleet.fail(instance, "draining", 1000.0, says_draining=True)
+    assert not fleet.expects(Role.PD, 1000.0)
+    fleet.fail(instance, "refused", 1001.0)
+    assert fleet.expects(Role.PD, 1002.0)
+
+
 def test_listeners_hear_of_each_change_once_whichever_report_is_the_cause() -> None:
     fleet, told = Fleet(), list[tuple[str, str]]()
     fleet.listeners.append(lambda instance: told.append((instance.url[-1], instance.state)))

@@ -99,7 +99,7 @@ class Instance:
         self.says_starting = False
         """Whether it isn't healthy and says that it is starting."""
         self.lost_at: float | None = None
-        """Since when it can't be reached or says that it isn't healthy; None while it can be."""
+        """Since when it can't be reached or says that it isn't healthy, or since when it has drained; None while it can be."""
         self.reported_at = 0
         self.moved_at = 0
         """See :class:`Member` for these two."""
@@ -393,10 +393,11 @@ class Fleet:
         """Note that a probe or a connection failed; ``is_silent`` if it hasn't responded at all."""
         instance.failure = reason
         instance.incarnation = incarnation or instance.incarnation
+        has_drained = instance.says_draining and not says_draining
         instance.is_silent = is_silent
         instance.says_starting = says_starting
         instance.says_draining = says_draining
-        if instance.lost_at is None:
+        if instance.lost_at is None or has_drained:
             instance.lost_at = now
         self._judge()
 
