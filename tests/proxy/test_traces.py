@@ -28,7 +28,7 @@ from chiasm.proxy.records.otel_spans import spans_of
 from chiasm.proxy.records.otlp import MAX_WAITING_TRACES, Tracing
 from chiasm.proxy.records.record import Record
 from chiasm.proxy.records.trace_context import TraceContext
-from chiasm.proxy.records.tracing import traces_url
+from chiasm.proxy.records.tracing import traces_url, tracing_to
 from chiasm.proxy.records.trail import LanguageCall, Step
 from tests.launch.waiting import eventually
 
@@ -398,3 +398,15 @@ def test_an_endpoint_without_a_path_gets_the_usual_one(endpoint: str, url: str) 
 def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigurationError, match=r"--otlp-traces-endpoint must be the URL"):
         ProxyConfig(otlp_traces_endpoint=endpoint)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("OTEL_BSP_SCHEDULE_DELAY", "-1"), ("OTEL_BSP_SCHEDULE_DELAY", "soon"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-3")],
+)
+def test_a_variable_with_a_value_that_can_not_be_is_one_clear_error(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=variable):
+        tracing_to("http://127.0.0.1:4318", lambda outcome, count: None)

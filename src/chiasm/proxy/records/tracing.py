@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 OPTION = "--otlp-traces-endpoint"
 DEFAULT_PATH = "/v1/traces"
+_DELAY = "OTEL_BSP_SCHEDULE_DELAY"
+"""Between two exports. Its value is used when the proxy starts to serve, too late for an error in one line."""
 
 
 def traces_url(endpoint: str) -> str:
@@ -48,6 +50,12 @@ def tracing_to(endpoint: str | None, count: Callable[[str, int], None]) -> Traci
     if endpoint is None or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
     url = traces_url(endpoint)
-    from chiasm.proxy.records.otlp import Tracing
+    delay = os.environ.get(_DELAY, "").strip() or "1"
+    if not (delay.isdecimal() and int(delay)):
+        raise ConfigurationError(f"{_DELAY} must be a number of milliseconds above 0, and is {delay!r}.")
+    try:
+        from chiasm.proxy.records.otlp import Tracing
 
-    return Tracing(url, count)
+        return Tracing(url, count)
+    except ValueError as error:
+        raise ConfigurationError(f"A variable of OpenTelemetry has a value that can't be: {error}.") from None
