@@ -96,13 +96,10 @@ def test_absurd_sizes_are_refused(size: str) -> None:
 
 @pytest.mark.parametrize("kind", [int, float])
 @pytest.mark.parametrize(
-    "text", ["9" * 400, "9" * 5000, "9e400", "nan", "inf", "-inf", "", "1_000_000_000_000", "٣" * 30]
+    "text", ["9" * 400, "9" * 5000, "9e400", "1e308", "nan", "inf", "-inf", "", "1_000_000_000_000", "٣" * 30]
 )
 def test_absurd_numbers_are_refused(kind: type, text: str) -> None:
     parser = Parser("x", "", "")
     parser.add_option(option("number", kind, "A number."))
-    if kind is float and text.replace("_", "").isdigit() and len(text) < 100:
-        assert parser.parse(["--number", text])["number"] > 0
-        return
     with pytest.raises(ConfigurationError, match="--number"):
         parser.parse(["--number", text])

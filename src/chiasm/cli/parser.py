@@ -30,8 +30,8 @@ _UNITS = {
 }
 _MAX_SIZE = 1 << 60
 """Bytes."""
-_MAX_INTEGER = (1 << 31) - 1
-"""What the libraries that get an option's value can hold in any case."""
+_MAX_NUMBER = (1 << 31) - 1
+"""What the libraries that get an option's value can hold in any case, and more than any time in seconds."""
 _SHOWN_CHARACTERS = 40
 _RANGE = re.compile(r"(\d+)(?:\.\.(\d+))?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
@@ -263,14 +263,10 @@ def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: 
         value = kind(text)
         if low <= value <= high and math.isfinite(value):
             return value
-        if value > high == _MAX_INTEGER:
+        if value > high == _MAX_NUMBER:
             raise _wrong(f"{_shown(text)} is more than the limit of {high:.10g}")
     bounds = (
-        ""
-        if low <= -_MAX_INTEGER
-        else f" of at least {low:g}"
-        if high >= _MAX_INTEGER
-        else f" from {low:g} to {high:g}"
+        "" if low <= -_MAX_NUMBER else f" of at least {low:g}" if high >= _MAX_NUMBER else f" from {low:g} to {high:g}"
     )
     raise _wrong(f"{_shown(text)} is not {'an integer' if kind is int else 'a number'}{bounds}")
 
@@ -280,9 +276,7 @@ def _parse_range(text: str) -> tuple[int, int]:
     match = _RANGE.fullmatch(text.strip())
     if match is None:
         raise _wrong(f"{_shown(text)} is neither an integer of at least 0 nor a range of them, such as 1..4")
-    low, high = (
-        int(_parse_number(end, kind=int, low=0, high=_MAX_INTEGER)) for end in (match[1], match[2] or match[1])
-    )
+    low, high = (int(_parse_number(end, kind=int, low=0, high=_MAX_NUMBER)) for end in (match[1], match[2] or match[1]))
     if low > high:
         raise _wrong(f"{_shown(text)} is no range, since it ends before it begins; write {high}..{low}")
     return low, high
@@ -309,9 +303,8 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
     if kind is int and named.name.endswith("_bytes"):
         return parse_size
     if kind in (int, float):
-        limit = _MAX_INTEGER if kind is int else math.inf
-        low = -limit if option.min is None else option.min
-        high = limit if option.max is None else option.max
+        low = -_MAX_NUMBER if option.min is None else option.min
+        high = _MAX_NUMBER if option.max is None else option.max
         return functools.partial(_parse_number, kind=kind, low=low, high=high)
     return Path if kind is Path else str
 
