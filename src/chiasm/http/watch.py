@@ -89,9 +89,5 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         found = os.stat(path)
     except OSError:
         return None
-    who = (
-        found.st_mode,
-        found.st_uid,
-        found.st_gid,
-    )  # a file that was refused for what others may do with it may be fit now
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, *who
+    users = found.st_mode, found.st_uid, found.st_gid  # what was refused because others may write it may be fit now
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size, *users
