@@ -134,10 +134,11 @@ def test_kill_ends_a_process_that_ignores_signals_and_its_children(start: Start)
     assert eventually(lambda: not alive(processes))
 
 
-def test_children_of_a_killed_process_are_killed(start: Start) -> None:
+@pytest.mark.parametrize("stdout", ["subprocess.DEVNULL", "sys.stdout"])
+def test_children_of_a_killed_process_are_killed(start: Start, stdout: str) -> None:
     child = start(
         "import subprocess, sys\n"
-        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\n"
+        f"other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout={stdout})\n"
         "print('ready x', flush=True); other.wait()"
     )
     assert eventually(lambda: child.state is ProcessState.READY)
@@ -147,6 +148,24 @@ def test_children_of_a_killed_process_are_killed(start: Start) -> None:
     process.kill()
     assert eventually(lambda: not alive(left))
     assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
+
+
+def test_a_process_dies_also_where_another_one_keeps_its_streams(start: Start) -> None:
+    child = start(
+        "import subprocess, sys\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "print('ready x', flush=True); other.wait()"
+    )
+    assert eventually(lambda: child.state is ProcessState.READY)
+    process = psutil.Process(child.pid)
+    (left,) = process.children()
+    process.kill()
+    try:
+        assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
+    finally:
+        left.kill()
+        for other in psutil.Process(child.pid).children():
+            other.kill()
 
 
 def test_its_log_is_bounded_in_lines_and_line_length(start: Start) -> None:

@@ -36,7 +36,7 @@ AT_ONCE = (signal.SIGTERM, signal.SIGINT)
 _READY = "ready "
 _STDIN = 0
 _LAST_LINES_SECONDS = 1.0
-"""Time to read what an ended process has logged; longer only where another process still has its standard error."""
+"""Time to read what an ended process has logged; longer only where another process still has its streams."""
 _PARTS = 10
 _LINES_KEPT = 200
 _LINE_CHARACTERS = 8192
@@ -94,8 +94,8 @@ def start_process(command: Sequence[str], environment: Mapping[str, str], *, inh
 class Child:
     """A command that runs until it is asked to end.
 
-    One thread starts it, reads its standard output and waits for it, again and again; another passes on its standard
-    error. Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
+    One thread starts it and waits for it, again and again; others read its standard output and pass on its standard error.
+    Its standard input is a pipe that closes when this process dies, however that happens: a child that ends with
     its standard input never outlives its parent. What a process started and did not end is killed when it has ended.
     """
 
@@ -134,6 +134,7 @@ class Child:
         self._process: Process | None = None
         self._ending = threading.Event()
         self._ever_ready = False
+        self._ready_since: float | None = None
         self._thread = threading.Thread(target=self._live, name=f"chiasm-{name}", daemon=True)
 
     def start(self) -> None:
@@ -215,30 +216,34 @@ class Child:
         return process
 
     def _follow(self, process: Process) -> tuple[float | None, int]:
-        """Read what the process says until it has ended; return when it became ready, if it did, and its return code."""
-        ready_since = None
+        """Wait until the process has ended; return when it became ready, if it did, and its return code.
+
+        What it says is read in threads: a process that it has started may keep its streams open after its end, and then reading
+        doesn't end.
+        """
+        self._ready_since = None
         self._configure(process)
-        errors = threading.Thread(
-            target=self._pass_on, args=(process.stderr,), name=f"chiasm-{self.name}-log", daemon=True
-        )
-        errors.start()
-        while line := process.stdout.readline(_LINE_CHARACTERS):
-            if ready_since is None and line.startswith(_READY):
-                ready_since = time.monotonic()
-                self._ever_ready = True
-                self._change(ProcessState.READY)
+        readers = [
+            threading.Thread(target=read, args=(stream,), name=f"chiasm-{self.name}-{name}", daemon=True)
+            for name, read, stream in (
+                ("ready", self._await_ready, process.stdout),
+                ("log", self._pass_on, process.stderr),
+            )
+        ]
+        for reader in readers:
+            reader.start()
         _await_exit(process)
         with self._lock:  # once waited for, its number may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             code = process.wait()
             self._process = self.pid = None
-        for _ in range(_PARTS):  # in parts: while the machine stands still, only one of them passes
-            errors.join(_LAST_LINES_SECONDS / _PARTS)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):
-                stream.close()
-        return ready_since, code
+        for reader in readers:
+            for _ in range(_PARTS):  # in parts: while the machine stands still, only one of them passes
+                reader.join(_LAST_LINES_SECONDS / _PARTS)
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        return self._ready_since, code
 
     def _configure(self, process: Process) -> None:
         if self._configuration:
@@ -259,8 +264,16 @@ class Child:
         self._change(ProcessState.FAILED)
         return True
 
+    def _await_ready(self, stream: IO[str]) -> None:
+        with stream:
+            while line := stream.readline(_LINE_CHARACTERS):
+                if self._ready_since is None and line.startswith(_READY):
+                    self._ready_since = time.monotonic()
+                    self._ever_ready = True
+                    self._change(ProcessState.READY)
+
     def _pass_on(self, stream: IO[str]) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed under a reader that a grandchild kept waiting
+        with stream:
             while line := stream.readline(_LINE_CHARACTERS):
                 self._note(line.rstrip("\n"))
 
