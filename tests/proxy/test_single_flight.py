@@ -7,9 +7,10 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from chiasm.http.config import HttpConfig
 from chiasm.proxy import encoders
 
-from .conftest import Front, Start, ask, image, image_bytes, until_idle
+from .conftest import Answer, Front, Start, ask, image, image_bytes, until_idle, when_encoded
 from .instances import FakeInstance, Received, break_off, chat, encode, never, refuse
 
 
@@ -81,6 +82,48 @@ async def test_tenants_do_not_share(start: Start, encoder: FakeInstance, pd: Fak
     gate.set()
     await asyncio.gather(*requests)
     assert len(encoder.received) == 2
+
+
+@pytest.mark.parametrize("keys", [("wrong", "right"), ("right", "wrong")])
+async def test_a_key_that_only_an_encoder_knows_counts_for_its_own_requests(
+    start: Start, gate: asyncio.Event, keys: tuple[str, str]
+) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+
+    async def heed(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await gate.wait()
+        is_right = received.headers["Authorization"] == "Bearer right"
+        return await (encode if is_right else refuse(401, "The key is wrong."))(instance, request, received)
+
+    async def wait_for_embedding(
+        instance: FakeInstance, request: web.Request, received: Received
+    ) -> web.StreamResponse:
+        is_right = received.headers["Authorization"] == "Bearer right"
+        return await (when_encoded(front, chat) if is_right else never)(instance, request, received)
+
+    encoder.answer, pd.answer = heed, wait_for_embedding
+    front = await start([encoder, pd], deadline_seconds=20.0)
+    requests: dict[str, asyncio.Future[Answer]] = {}
+    for key in keys:
+        headers = {"Authorization": f"Bearer {key}"}
+        requests[key] = asyncio.ensure_future(front.post(ask("x", image(image_bytes())), **headers))
+        await pd.arrived.acquire()  # which is called when the image waits for its encoder
+    gate.set()
+    assert {key: (await request).status for key, request in requests.items()} == {"right": 200, "wrong": 401}
+
+
+async def test_keys_that_the_proxy_knows_share(
+    start: Start, encoder: FakeInstance, pd: FakeInstance, gate: asyncio.Event
+) -> None:
+    keys = ("one" * 8, "two" * 8)
+    front = await start([encoder, pd], http=HttpConfig(api_key=keys))
+    body = ask("x", image(image_bytes()))
+    requests = [asyncio.ensure_future(front.post(body, Authorization=f"Bearer {key}")) for key in keys]
+    await pd.arrived.acquire()
+    await pd.arrived.acquire()
+    gate.set()
+    assert [(await request).status for request in requests] == [200, 200]
+    assert len(encoder.received) == 1
 
 
 async def test_a_client_that_leaves_does_not_affect_others(
@@ -205,14 +248,14 @@ async def test_a_bad_image_fails_only_its_own_request(start: Start, gate: asynci
         encoded.set()
         return await encode(instance, request, received)
 
-    async def when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+    async def chat_when_encoded(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         if len(received.identifiers) > 1:
             return await never(instance, request, received)
         await encoded.wait()
         return await chat(instance, request, received)
 
     encoded = asyncio.Event()
-    encoder.answer, pd.answer = refuse_pairs, when_encoded
+    encoder.answer, pd.answer = refuse_pairs, chat_when_encoded
     front = await start([encoder, pd])
     bad = asyncio.ensure_future(front.post(ask(image(image_bytes("red")), image(image_bytes("blue")))))
     await encoder.arrived.acquire()

@@ -67,17 +67,19 @@ class Entry:
         due: float,
         *,
         request: object = None,
+        sharers: str = "",
         language: Instance | None = None,
         size_bytes: int = 0,
     ) -> None:
         """``request`` is the one whose images may share a call; ``language`` the instance that needs the embedding.
 
-        ``size_bytes`` is what the image takes in a call.
+        ``sharers`` tells whose requests may wait for it, and ``size_bytes`` is what the image takes in a call.
         """
         self.item = item
         self.size_bytes = size_bytes
         self.due = due
         self.request = request
+        self.sharers = sharers
         self.language = language
         self.failed_at: set[Instance] = set()
         """Encoders that don't get it again."""

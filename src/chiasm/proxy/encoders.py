@@ -1,10 +1,11 @@
 """Images to encoders: each encoded once at a time, and again elsewhere if an encoder fails or is late.
 
 A *flight* is the encoding of one image, whichever request asked for it: requests that need the same image meanwhile wait for
-the one flight. It waits in the queue of :mod:`chiasm.proxy.encode_queue`, which says when it goes to which encoder. A *call* is
-one HTTP request to one encoder and carries flights that one request began. A flight for which nobody waits any more is
-abandoned, and a call is cancelled with its last flight. If that is because the answer is whole, the encoder has most likely
-published the embedding and answers in a moment, so its call may end: what it says is counted and learned from.
+the one flight, unless an encoder might take the API key of one and refuse that of another. It waits in the queue of
+:mod:`chiasm.proxy.encode_queue`, which says when it goes to which encoder. A *call* is one HTTP request to one encoder and
+carries flights that one request began. A flight for which nobody waits any more is abandoned, and a call is cancelled with its
+last flight. If that is because the answer is whole, the encoder has most likely published the embedding and answers in a
+moment, so its call may end: what it says is counted and learned from.
 
 A late call may be *hedged*: a second encoder gets its flights too, in a call of its own. The first answer counts, and the other
 call is cancelled. Language instances are told the second encoder's place when it has answered, or when it is the only one left:
@@ -91,7 +92,8 @@ class Encoders:
         self._comeback = comeback
         self._comeback_seconds = comeback_seconds
         fleet.listeners.append(self._note_change)
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[tuple[str, str], Flight] = {}
+        """By identifier, and by whose requests share them."""
         self._tasks = Tasks()
         self._waking: asyncio.TimerHandle | None = None
 
@@ -129,16 +131,17 @@ class Encoders:
         for item in items:
             if item.identifier in flights:
                 continue
-            flight = self._flights.get(item.identifier)
+            flight = self._flights.get((item.identifier, job.sharers))
             if flight is None:
                 entry = Entry(
                     ItemWork(item.identifier, item.pixels),
                     job.due,
                     request=job,
+                    sharers=job.sharers,
                     language=job.instance,
                     size_bytes=item.part_bytes,
                 )
-                flight = self._flights[item.identifier] = Flight(item, entry)
+                flight = self._flights[item.identifier, job.sharers] = Flight(item, entry)
                 self._queue.add(entry)
                 self._demand.note(self._queue.cost(entry.item, asked_at), asked_at)
             else:
@@ -184,11 +187,11 @@ class Encoders:
         """Start the calls that are due now, and fail what no encoder is left for."""
         now = time.monotonic()
         for feed in self._queue.feed(now):
-            self._start(Call(feed, [self._flights[entry.item.identifier] for entry in feed.entries], now))
+            self._start(Call(feed, [self._flight_of(entry) for entry in feed.entries], now))
         stranded = self._queue.stranded()
         is_expected = bool(stranded) and self._comeback.expects(Role.ENCODER)
         for entry in stranded:
-            flight = self._flights[entry.item.identifier]
+            flight = self._flight_of(entry)
             flight.stranded_since = flight.stranded_since or now
             if not is_expected or self._can_be_encoded_elsewhere(flight):
                 self._settle(flight, none_left(flight))
@@ -452,9 +455,13 @@ class Encoders:
             self._metrics.items.labels("failed").inc()
             flight.metadata.set_exception(outcome)
 
+    def _flight_of(self, entry: Entry) -> Flight:
+        return self._flights[entry.item.identifier, entry.sharers]
+
     def _forget(self, flight: Flight) -> None:
-        if self._flights.get(flight.item.identifier) is flight:
-            del self._flights[flight.item.identifier]
+        key = flight.item.identifier, flight.entry.sharers
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
     def _leave(self, flight: Flight, job: Job) -> None:
         flight.waiters.discard(job)

@@ -154,6 +154,14 @@ class Job:
         if self.request.media:
             self._details["images"] = len(self.request.media)
 
+    @property
+    def sharers(self) -> str:
+        """Tells with whose requests it may wait for the same encoding: everybody's if the proxy has checked its key.
+
+        Otherwise those of the same ``Authorization``, which may be wrong where encoders check it.
+        """
+        return "" if self.client else self.exchange.headers.get("authorization", "")
+
     # ---- to instances --------------------------------------------------------------------------------------------------
 
     async def body_for(self, instance: Instance) -> bytes:
