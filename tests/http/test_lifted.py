@@ -32,6 +32,7 @@ TEXTS = st.one_of(
             '\\"data',
             URL,
             URL + "\n",
+            "data:" + "A" * 76 + "\r\n" + BASE64 + "\r",
             '"' + URL,
             '\\"' + URL,
             URL + '"',
@@ -126,7 +127,7 @@ def test_so_is_what_has_characters_of_base64_escaped(
     monkeypatch: pytest.MonkeyPatch, member: str, escapes: dict[str, str]
 ) -> None:
     """An escape may be where a step of reading ends."""
-    monkeypatch.setattr(lifted_module, "_STEP_BYTES", 7)
+    monkeypatch.setattr(lifted_module, "_ESCAPES_STEP_BYTES", 7)
     text = "data:image/png;base64," + "AB/+//+C" * 1000 + "A=="
     body = escaped(json.dumps({"urls": [], "text": text, member: [text] if member == "urls" else text}), escapes)
     found, lifted = read(body, 60_000) if member == "urls" else (None, lift(body))
@@ -135,8 +136,17 @@ def test_so_is_what_has_characters_of_base64_escaped(
     assert found is None or [lifted.urls[url] for url in urls_of(found)] == [text.encode()]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_ends_of_lines_in_base64_do_not_make_it_text(end: str) -> None:
+    image = "data:image/png;base64," + (f"{'A' * 76}{end}" * (INLINE_BYTES // 76))
+    body = json.dumps({"urls": [image, image], "text": URL}).encode()
+    found, lifted = read(body)
+    assert [lifted.urls[url] for url in urls_of(found)] == [image.encode()] * 2
+    assert lifted.restored(lifted.body) == body
+
+
 @pytest.mark.parametrize(
-    "written", ["/\\/", "\\\\/", "\\u002f/", "\\/\\n", "\\\\u002b", "+\\u002b", "\\u002B\\u002b", "\\u0041"]
+    "written", ["/\\/", "\\\\/", "\\u002f/", "\\/\\t", "\\\\u002b", "+\\u002b", "\\u002B\\u002b", "\\u0041"]
 )
 def test_what_has_other_escapes_stays(written: str) -> None:
     body = f'["data:{written};base64,{BASE64}"]'.encode()

@@ -21,23 +21,24 @@ _LONG_BYTES = 4096
 _MAX_STRINGS = 1 << 14
 """So many of these strings are looked at, long or not."""
 _STEP_BYTES = 1 << 20
-"""What is searched or copied at once: under a millisecond, after which other threads may run."""
-_GROWING_STEP_BYTES = 1 << 18
-"""The same where characters become escapes."""
+"""What is searched at once: under a millisecond, after which other threads may run."""
+_ESCAPES_STEP_BYTES = 1 << 18
+"""The same where escapes are read or written, which may be all of it."""
 _BEGIN = b'"data'
 _STRING = re.compile(rb'"(?:(?=data:)|data"[ \t\r\n]{0,16}:[ \t\r\n]{0,16}")')
 """Up to the first character of the string."""
 _QUOTE = b'"'
 _STAND_IN = re.compile(rb"data:lifted-[0-9a-f]{16}-[0-9]+\.")
 """What a stand-in looks like; which ones are, only the body that was lifted knows."""
-_UNPLAIN = (b"\\", b"\n", b"\r", b"\t", b"\f")
-"""Escapes, and what base64 may have between its characters, but JSON may not."""
+_CONTROLS = (b"\n", b"\r", b"\t", b"\f")
+"""What base64 may have between its characters, but JSON may not."""
 _ESCAPES = (
+    *((b"\n", b"\\n"), (b"\r", b"\\r")),
     *((b"/", b"\\/"), (b"/", b"\\u002f"), (b"/", b"\\u002F")),
     *((b"+", b"\\u002b"), (b"+", b"\\u002B"), (b"=", b"\\u003d"), (b"=", b"\\u003D")),
 )
-"""How libraries for JSON write characters of base64 unless they are told otherwise, each of them always in one way: PHP's
-slashes, the signs of .NET, of Java's Gson."""
+"""How libraries for JSON write the ends of lines, which many encoders put after 76 characters, and unless they are told
+otherwise characters of base64, each of them always in one way: PHP's slashes, the signs of .NET, of Java's Gson."""
 _LONGEST_ESCAPE = 6
 
 
@@ -76,8 +77,8 @@ class Lifted(NamedTuple):
         if not escapes:
             yield url
             return
-        for at in range(0, len(url), _GROWING_STEP_BYTES):
-            step = url[at : at + _GROWING_STEP_BYTES]
+        for at in range(0, len(url), _ESCAPES_STEP_BYTES):
+            step = url[at : at + _ESCAPES_STEP_BYTES]
             for character, escape in escapes:
                 step = step.replace(character, escape)
             yield step
@@ -126,16 +127,19 @@ def _read(body: bytes, start: int, end: int) -> _Found | None:
     steps: list[bytes] = []
     counts: Counter[tuple[bytes, bytes]] = Counter()
     while start < end:
-        stop = min(start + _STEP_BYTES, end)
+        stop = min(start + _ESCAPES_STEP_BYTES, end)
         if stop < end:  # an escape is not cut in two
             escape = body.rfind(b"\\", stop - _LONGEST_ESCAPE + 1, stop)
             stop = escape if escape > start else stop
         step = body[start:stop]
+        if not step.isascii() or any(sign in step for sign in _CONTROLS):
+            return None
+        for one in _ESCAPES:
+            if b"\\" not in step:
+                break
+            counts[one] += step.count(one[1])
+            step = step.replace(one[1], one[0])
         if b"\\" in step:
-            for one in _ESCAPES:
-                counts[one] += step.count(one[1])
-                step = step.replace(one[1], one[0])
-        if not step.isascii() or any(sign in step for sign in _UNPLAIN):
             return None
         steps.append(step)
         start = stop
