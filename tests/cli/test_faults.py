@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 from pathlib import Path
@@ -45,13 +46,38 @@ def test_a_port_in_use(command: list[str], checkpoint: Path) -> None:
     assert f"Port {port} on 127.0.0.1 is in use" in line
 
 
-@pytest.mark.parametrize("command", [["models"], ["completion", "bash"]], ids=lambda one: one[0])
+PRINTING = [
+    ["models"],
+    ["models", "--help"],
+    ["completion", "bash"],
+    shlex.split("plan Qwen2.5-VL-7B-Instruct --devices L4 --mix text --rate 1 --requests 1 --ttft-slo 1 --tpot-slo 1"),
+    ["proxy", "--port", "0"],
+    ["proxy", "--port", "0", "--workers", "2"],
+    ["instance", "demo", "--role", "aggregated", "--port", "0"],
+]
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
 def test_nobody_reads_what_is_printed(command: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     with open(write, "wb") as unread:
         done = subprocess.run([*CHIASM, *command], stdout=unread, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [*PRINTING, ["serve", "demo", "--aggregated", "1", "--port", "0"]], ids=" ".join)
+def test_there_is_no_room_for_what_is_printed(command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*CHIASM, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        "Error: There is no room for what this command prints or stores: No space left on device. Free some, and try "
+        "again.\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["serve", "demo"], ["proxy"]], ids=lambda one: one[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import signal
@@ -15,6 +17,9 @@ from chiasm.errors import ChiasmError
 from chiasm.extras import explained
 
 _EXIT_CODE = 2
+_NOT_WRITTEN = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What only writing can fail with."""
 _INTERRUPTED = 130
 _NOBODY_READS = 128 + signal.SIGPIPE
 """Exit code when nobody reads standard output anymore, as of a command that SIGPIPE ends."""
@@ -68,8 +73,18 @@ def main() -> None:
     except BrokenPipeError:
         if not _is_without_reader(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes nowhere
+        _discard_output()
         sys.exit(_NOBODY_READS)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _discard_output()
+        what = error.filename or "what this command prints or stores"
+        _fail(f"There is no room for {what}: {os.strerror(error.errno)}. Free some, and try again.", _NOT_WRITTEN)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich has seen it, and discards the output by itself
+            sys.exit(_NOBODY_READS)
+        raise
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except MemoryError:
@@ -113,6 +128,13 @@ def _is_without_reader(stream: TextIO | None) -> bool:
     return bool(poll.poll(0))
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(_EXIT_CODE)
+def _discard_output() -> None:
+    """Have what is left to write to standard output go nowhere: at the end, Python would fail to write it once more."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int = _EXIT_CODE) -> NoReturn:
+    with contextlib.suppress(OSError):  # the code says it too
+        print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

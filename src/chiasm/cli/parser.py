@@ -171,6 +171,10 @@ class Parser(argparse.ArgumentParser):
         hint = f" See {self.prog} --help." if self.add_help else ""
         raise ConfigurationError(f"{text[0].upper()}{text[1:]}.{hint}")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print --help; argparse would keep silent about what can't be written."""
+        print(message, end="", file=file)
+
     def _joined(self, arguments: Sequence[str]) -> list[str]:
         """Return the arguments with each option's value joined to it: argparse takes no value that begins with a dash."""
         joined: list[str] = []

@@ -169,9 +169,14 @@ def run(
         waiting = asyncio.ensure_future(server.ready.wait())
         await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if server.ready.is_set() and on_ready is not None:
-            on_ready(url_of(listener, server.scheme))
-        await serving
+        try:
+            if server.ready.is_set() and on_ready is not None:
+                on_ready(url_of(listener, server.scheme))
+        except OSError:  # nobody can be told
+            server.stop()
+            raise
+        finally:
+            await serving
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(serve())

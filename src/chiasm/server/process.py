@@ -69,6 +69,8 @@ def run(
 
     context.on_drain = server.drain
 
+    untold: list[OSError] = []
+
     def load() -> None:
         from chiasm.engine import create_engine
 
@@ -85,9 +87,12 @@ def run(
             gc.collect()
             gc.freeze()  # a collection that walks over all modules would hold the event loop
             context.note_ready(engine)
-            if on_ready is not None and not context.is_draining:
-                on_ready(url)
-            return
+            try:
+                if on_ready is not None and not context.is_draining:
+                    on_ready(url)
+                return
+            except OSError as error:  # nobody can be told
+                untold.append(error)
         server.stop_from_thread()
 
     loading = threading.Thread(target=load, name="chiasm-load", daemon=True)
@@ -97,6 +102,8 @@ def run(
     _stop_engine(context, loading)
     if context.failure is not None:
         raise context.failure
+    if untold:
+        raise untold[0]
 
 
 def _with_fleet_key(config: EngineConfig, key: FleetKey | None) -> EngineConfig:
