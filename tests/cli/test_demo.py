@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +12,17 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from chiasm import checkpoints
-from chiasm.cli.conversation import Answer, ImageTiming, Turn, all_agree, draw_in_characters, drawn, read_image
+from chiasm.cli.conversation import (
+    Answer,
+    AnswerError,
+    ImageTiming,
+    Turn,
+    all_agree,
+    ask,
+    draw_in_characters,
+    drawn,
+    read_image,
+)
 from chiasm.cli.demo import _images, draw_turns, explain
 from chiasm.launch import ProcessState, ProcessStatus
 from chiasm.wire import Role
@@ -52,6 +64,34 @@ def test_a_wrong_answer_ends_with_exit_code_1(checkpoint: Path) -> None:
     # An answer may begin before the encoder has told how long it took.
     assert done.stdout.count(" encoded ") + done.stdout.count("had not said what it did when the answer began") == 2
     assert "had the embedding" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "missing_bytes"),
+    [
+        (200, b"{}", 0),
+        (200, b"[]", 0),
+        (200, b"no JSON", 0),
+        (200, b"[" * 10_000, 0),
+        (200, b"{", 1),
+        (500, b"\xff", 0),
+    ],
+)
+def test_an_answer_that_is_none_is_an_error(status: int, said: bytes, missing_bytes: int) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said) + missing_bytes))
+            self.end_headers()
+            self.wfile.write(said)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        answering = threading.Thread(target=server.handle_request)
+        answering.start()
+        with pytest.raises(AnswerError):
+            ask(f"http://127.0.0.1:{server.server_port}", Turn("", "x"))
+        answering.join()
 
 
 def test_the_images_are_drawn_by_the_seed_and_were_not_trained_on() -> None:

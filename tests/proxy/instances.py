@@ -99,6 +99,8 @@ class FakeInstance:
         self.health_body: bytes | None = None
         """What /health responds with in place of ``health``."""
         self._awaited_now: list[str] | None = []
+        self.awaited_body: bytes | None = None
+        """What it says in place of that."""
         self._changed = asyncio.Event()
         """Set, and replaced, when that changes, and with each question that waits and each call."""
         self.questions: list[LossQuestion] = []
@@ -137,6 +139,11 @@ class FakeInstance:
         self.models_asked = 0
         self.drains = 0
         """How often it was told to drain."""
+        self.drain_body: bytes | None = None
+        """What it answers then in place of its state."""
+        self.heeds_drains = asyncio.Event()
+        """While it is clear, it doesn't answer such an order."""
+        self.heeds_drains.set()
         self.arrived = asyncio.Semaphore(0)
         self.gone = asyncio.Semaphore(0)
         """Released for each call that the proxy ended before it was answered."""
@@ -210,6 +217,8 @@ class FakeInstance:
         await self.awake.wait()
         if self.awaited is None:
             return web.Response(status=404)
+        if self.awaited_body is not None:
+            return web.Response(body=self.awaited_body)
         return respond(AwaitedEmbeddings(identifiers=self.awaited))
 
     @property
@@ -278,6 +287,9 @@ class FakeInstance:
     async def _drain(self, request: web.Request) -> web.Response:
         assert self.health is not None
         self.drains += 1
+        await self.heeds_drains.wait()
+        if self.drain_body is not None:
+            return web.Response(body=self.drain_body, status=202)
         self.health_status, self.health = 503, msgspec.structs.replace(self.health, status=DRAINING)
         return respond(DrainState(incarnation=self.health.incarnation), status=202)
 

@@ -169,6 +169,28 @@ async def test_the_proxy_that_is_told_to_drain_an_instance_gives_it_no_more_work
     assert (await front.post(unknown, DRAIN_PATH, **front.admin)).status == 404
 
 
+@pytest.mark.parametrize("said", [b"no JSON", b"[]", b'{"incarnation": "\xff"}', b'{"x":' + b"[" * 10_000])
+async def test_an_instance_whose_answer_to_a_drain_is_not_understood_is_named(start: Start, said: bytes) -> None:
+    leaving = FakeInstance("pd")
+    leaving.drain_body = said
+    front = await start([leaving], admin_key="operator" * 2)
+    answer = await front.post({"url": leaving.url}, DRAIN_PATH, **front.admin)
+    assert (answer.status, answer.error["type"]) == (502, "upstream_error")
+    assert answer.error["message"].startswith(f"{leaving.url} answers with status 202, and not as chiasm does")
+    async with Drain(leaving.url, proxy=front.url, admin_key="operator" * 2) as drain:
+        with pytest.raises(NotDrainedError, match=f"{leaving.url} answers with status 202"):
+            await drain.begin()
+
+
+async def test_an_instance_that_does_not_answer_to_a_drain_is_not_waited_for(start: Start) -> None:
+    leaving = FakeInstance("pd")
+    leaving.heeds_drains.clear()
+    front = await start([leaving], admin_key="operator" * 2, probe_timeout_seconds=0.5)
+    answer = await front.post({"url": leaving.url}, DRAIN_PATH, **front.admin)
+    assert answer.status == 502
+    assert answer.error["message"].startswith(f"{leaving.url} does not answer")
+
+
 @pytest.mark.parametrize("hours", [-1, 1])
 async def test_a_drain_is_asked_of_a_proxy_by_its_own_clock(start: Start, key_file: Path, hours: int) -> None:
     leaving = FakeInstance("pd", incarnation="pd-1")

@@ -91,6 +91,14 @@ async def test_only_what_is_lost_is_encoded_again(start: Start) -> None:
     assert second.identifiers == first.identifiers[1:]
 
 
+@pytest.mark.parametrize("said", [b"no JSON", b'{"identifiers": ["\xff"]}', b'{"x":' + b"[" * 100_000])
+async def test_an_instance_that_talks_nonsense_of_what_it_awaits_lacks_nothing(start: Start, said: bytes) -> None:
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    pd.awaited_body, pd.answer = said, after_questions
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+
+
 async def test_what_other_requests_wait_for_is_not_encoded_again(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
     pd.awaited, pd.answer = ["f" * 64], after_questions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import urllib.error
@@ -16,7 +17,7 @@ import msgspec
 
 from chiasm.errors import ChiasmError, ConfigurationError, MediaError
 from chiasm.http.timing import read_timing
-from chiasm.wire import CHAT_PATH, ErrorBody
+from chiasm.wire import CHAT_PATH, UNREADABLE, ErrorBody
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,13 +111,15 @@ def ask(url: str, turn: Turn) -> Answer:
     )
     try:
         with _NO_PROXY.open(request) as response:
-            text = json.load(response)["choices"][0]["message"]["content"]
+            text = str(json.load(response)["choices"][0]["message"]["content"])
             timing = response.headers.get("Server-Timing")
     except urllib.error.HTTPError as error:
         with error:
             raise AnswerError(_message(error.read()) or str(error)) from None
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise AnswerError(f"No answer: {error}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise AnswerError(f"The answer isn't that of a chat completion: {error}") from error
     return _answer(text, timing)
 
 
@@ -134,7 +137,7 @@ def _answer(text: str, server_timing: str | None) -> Answer:
 def _message(body: bytes) -> str:
     try:
         return msgspec.json.decode(body, type=ErrorBody).error.message
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return ""
 
 

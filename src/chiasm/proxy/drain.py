@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,11 +17,13 @@ from chiasm.http.listen import check_url
 from chiasm.http.untrusted import read_json
 from chiasm.proxy.service import ProxyService
 from chiasm.proxy.upstream import UpstreamError
-from chiasm.wire import DRAIN_PATH, DrainOrder, DrainState
+from chiasm.wire import DRAIN_PATH, UNREADABLE, DrainOrder, DrainState
 
 _MAX_ORDER_BYTES = 16 << 10
 _MAX_ANSWER_BYTES = 64 << 10
+_OTHERWISE = "Remove it from this proxy with DELETE /instances, and end it when it has no more calls."
 _order = msgspec.json.Decoder(DrainOrder)
+_state = msgspec.json.Decoder(DrainState)
 
 
 def drain_route(service: ProxyService, admin: AdminCheck) -> Route:
@@ -44,12 +48,19 @@ async def _drain(service: ProxyService, url: str) -> DrainState:
     instance = service.fleet.get(url)
     if instance is None:
         raise PathNotFoundError(f"{url} is not an instance.")
-    with await service.upstream.post(url, DRAIN_PATH, b"{}", {}) as call:
-        answer = await call.read(_MAX_ANSWER_BYTES)
+    seconds = service.config.probe_timeout_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            with await service.upstream.post(url, DRAIN_PATH, b"{}", {}) as call:
+                answer = await call.read(_MAX_ANSWER_BYTES)
+    except TimeoutError:
+        raise UpstreamError(f"{url} does not answer within {seconds:g} s. {_OTHERWISE}") from None
     if answer.status != 202:
-        raise UpstreamError(
-            f"The instance doesn't drain: it answers with status {answer.status}. Remove it from this proxy with "
-            "DELETE /instances, and end it when it has no more calls."
-        )
+        raise UpstreamError(f"{url} doesn't drain: it answers with status {answer.status}. {_OTHERWISE}")
     await service.prober.check(instance)
-    return msgspec.json.decode(answer.body, type=DrainState)
+    try:
+        return _state.decode(answer.body)
+    except UNREADABLE as error:
+        raise UpstreamError(
+            f"{url} answers with status {answer.status}, and not as chiasm does: {error}. {_OTHERWISE}"
+        ) from None

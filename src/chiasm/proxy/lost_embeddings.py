@@ -30,7 +30,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream, UpstreamError
-from chiasm.wire import AWAITED_PATH, AwaitedEmbeddings
+from chiasm.wire import AWAITED_PATH, UNREADABLE, AwaitedEmbeddings
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS = 0.1
@@ -199,7 +199,7 @@ class LostEmbeddings:
                 line=self._upstream.line(instance.url),
             )
             identifiers = _awaited.decode(response.body).identifiers if response.status == 200 else []
-        except (UpstreamError, msgspec.MsgspecError):
+        except (UpstreamError, *UNREADABLE):
             identifiers = []
         awaited = frozenset(identifiers) - untold
         for name in awaited:
