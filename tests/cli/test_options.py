@@ -11,7 +11,7 @@ import pytest
 
 from chiasm.bench.goodput_options import GoodputOptions
 from chiasm.bench.soak_options import SoakOptions
-from chiasm.cli import doctor, instance, proxy, serve
+from chiasm.cli import doctor, drain, instance, proxy, serve
 from chiasm.cli.bench import BenchOptions
 from chiasm.cli.demo import DemoConfig
 from chiasm.cli.doctor import DoctorConfig
@@ -237,6 +237,11 @@ def test_the_doctor_takes_every_option_of_serve() -> None:
     offered = {action.dest for action in doctor.parser()._actions}
     assert names <= offered
     assert {"dtype", "max_items", "ec_max_bytes", "ec_store"} <= names
+
+
+def test_a_drain_that_is_not_waited_for_takes_no_time_to_wait() -> None:
+    with pytest.raises(ConfigurationError, match="--timeout-seconds is for --wait"):
+        drain.run(drain.parser().parse(["http://127.0.0.1:9", "--timeout-seconds", "900"]))
 
 
 def test_a_shared_cache_is_for_instances_and_proxy() -> None:

@@ -37,6 +37,8 @@ class Place:
         """Body and signature of each order to drain."""
         self.drained: tuple[int, msgspec.Struct] = (202, STATE)
         self.health: tuple[int, msgspec.Struct] = (503, Health(incarnation="first", clock_milliseconds=CLOCK))
+        self.is_proxy = False
+        """Whether it takes leases."""
         self.looks = 0
         self.looked = asyncio.Condition()
         self._runner: web.AppRunner
@@ -71,6 +73,8 @@ class Place:
         return _respond(*self.health)
 
     async def _lease(self, request: web.Request) -> web.Response:
+        if not self.is_proxy:
+            raise web.HTTPNotFound
         return _respond(200, LeaseAnswer(clock_milliseconds=CLOCK))
 
 
@@ -95,6 +99,7 @@ async def test_it_returns_what_the_instance_has_left(place: Place) -> None:
 @pytest.mark.parametrize("through_proxy", [False, True])
 async def test_an_order_is_signed_by_the_clock_of_the_one_that_gets_it(place: Place, through_proxy: bool) -> None:
     key = FleetKey([make_fleet_key()])
+    place.is_proxy = through_proxy
     url, proxy = ("http://10.0.0.5:8001", place.url) if through_proxy else (place.url, None)
     async with Drain(url, key=key, proxy=proxy) as drain:
         await drain.begin()

@@ -59,6 +59,8 @@ def costs(tmp_path: Path) -> Path:
         (("owner/no-such-model", "--devices", "2xH100", *MIX, *IN_TIME), "'owner/no-such-model' is not known"),
         ((MODEL, "--devices", "1xL4", "--mix", "text", "--ttft-slo", "1"), "--ttft-slo and --tpot-slo"),
         (("llava-1.5-7b-hf", "--devices", "1xL4", "--check", "none"), "--devices cpu:N"),
+        (("demo", "--check", "none", "--mix", "text", "--plot", "x", "--seed", "1"), "leave out --mix, --plot, --seed"),
+        ((MODEL, "--trace", "none", *IN_TIME, "--requests", "9", "--seed", "1"), "leave out --requests and --seed"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...], message: str) -> None:

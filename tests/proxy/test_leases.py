@@ -191,6 +191,14 @@ async def test_an_instance_that_does_not_answer_to_a_drain_is_not_waited_for(sta
     assert answer.error["message"].startswith(f"{leaving.url} does not answer")
 
 
+@pytest.mark.parametrize("has_key", [False, True])
+async def test_a_proxy_is_not_drained_and_says_that_it_is_one(start: Start, key_file: Path, has_key: bool) -> None:
+    front = await start([FakeInstance("pd")], fleet_key_file=key_file if has_key else None)
+    async with Drain(front.url, key=read_fleet_key(key_file) if has_key else None) as drain:
+        with pytest.raises(NotDrainedError, match=f"{front.url} is a proxy. Name the instance"):
+            await drain.begin()
+
+
 @pytest.mark.parametrize("hours", [-1, 1])
 async def test_a_drain_is_asked_of_a_proxy_by_its_own_clock(start: Start, key_file: Path, hours: int) -> None:
     leaving = FakeInstance("pd", incarnation="pd-1")

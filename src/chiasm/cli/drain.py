@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from chiasm.cli.parser import Parser
+from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import FleetKeyFile, read_fleet_key
 from chiasm.http.listen import check_url
 from chiasm.options import Option, fields_from
@@ -39,7 +40,7 @@ class DrainConfig:
         str | None, Option("Admin key of the proxy.", metavar="KEY", environment="CHIASM_ADMIN_KEY")
     ] = None
     wait: Annotated[bool, Option("Wait until the instance has ended.")] = False
-    timeout_seconds: Annotated[float, Option("How long to wait.", min=0)] = 900.0
+    timeout_seconds: Annotated[float, Option("How long to wait, with --wait.", min=0)] = 900.0
     """Longer than the deadline of a request."""
     fleet_key_file: FleetKeyFile = None
 
@@ -55,6 +56,8 @@ def run(settings: Mapping[str, Any]) -> int:
     from chiasm.launch.drain import Drain
 
     config = DrainConfig(**fields_from(settings, DrainConfig))
+    if "timeout_seconds" in settings and not config.wait:
+        raise ConfigurationError("--timeout-seconds is for --wait; give that too, or leave out --timeout-seconds.")
     drain = Drain(
         check_url(settings["url"]),
         key=read_fleet_key(config.fleet_key_file),

@@ -76,6 +76,10 @@ class Drain:
             raise NotDrainedError(f"{place} can't be reached: {error or type(error).__name__}.") from None
         try:
             if status != 202:
+                if self._proxy is None and await self._is_proxy():
+                    raise NotDrainedError(
+                        f"{place} is a proxy. Name the instance, and the proxy with --proxy {place} if it is to be asked."
+                    )
                 said = msgspec.json.decode(content, type=ErrorBody).error
                 raise NotDrainedError(f"{place} refuses with status {status}: {self._advice(said) or said.message}")
             return msgspec.json.decode(content, type=DrainState)
@@ -116,6 +120,13 @@ class Drain:
                 return True
             await asyncio.sleep(_LOOK_SECONDS)
         return False
+
+    async def _is_proxy(self) -> bool:
+        """Return whether what refuses to drain is a proxy, which takes leases."""
+        try:
+            return bool((await self._get(self.url + LEASE_PATH, LeaseAnswer)).clock_milliseconds)
+        except (aiohttp.ClientError, OSError, *UNREADABLE):
+            return False
 
     async def _clock(self) -> int | None:
         """Return the time on the clock of the one that is asked, in milliseconds; None if it doesn't say.

@@ -7,12 +7,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from chiasm.errors import ConfigurationError
-from chiasm.options import Option
+from chiasm.options import Option, flag
 
 if TYPE_CHECKING:
     from chiasm.bench.traffic import Traffic
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MET, UNMET = 0, 1
 """Exit codes: whether there is a layout that answers 90 % in time."""
 _LEAST, _MOST = 1e-6, 1e6
+_OF_A_MIX = ("requests", "seed")
+_OF_A_PLAN = ("mix", "trace", "rate", "ttft_slo", "tpot_slo", "plot", *_OF_A_MIX)
+"""Options of which `--check` uses none."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def run(config: PlanConfig) -> int:
     from chiasm.plan.layouts import Candidate, candidates, fitting, places_of
     from chiasm.plan.search import SEEDS, Finding, Planner, SameLimits, WholeTrace, Workload, best
 
+    _refuse_unused(config)
     devices = parse_devices(config.devices)
     if config.check is not None:
         from chiasm.plan.check import check
@@ -127,6 +131,17 @@ def note(text: str) -> None:
 
 
 # ---- what the options mean ---------------------------------------------------------------------------------------------
+
+
+def _refuse_unused(config: PlanConfig) -> None:
+    """Raise ConfigurationError for options that would do nothing."""
+    defaults = {field.name: field.default for field in fields(PlanConfig)}
+    given = [name for name in _OF_A_PLAN if getattr(config, name) != defaults[name]]
+    if config.check is not None and given:
+        raise ConfigurationError(f"--check simulates what was measured; leave out {', '.join(map(flag, given))}.")
+    unused = [flag(name) for name in given if name in _OF_A_MIX]
+    if config.trace is not None and unused:
+        raise ConfigurationError(f"--trace says which requests there are; leave out {' and '.join(unused)}.")
 
 
 def _traffic(config: PlanConfig) -> Traffic:
