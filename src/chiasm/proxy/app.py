@@ -59,7 +59,7 @@ def create_app(
     """Return the proxy as an ASGI application; its ``state.service`` is the ProxyService.
 
     ``resolver`` looks up the names of media hosts, in place of the system's. ``worker`` is given to one of several. Raises
-    ConfigurationError for keys that cannot be read.
+    ConfigurationError for keys that cannot be read, and a shared cache that can't be used.
     """
     service = ProxyService(config, resolver)
     siblings = None if worker is None else Siblings(worker)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from starlette.applications import Starlette
 
-from chiasm.ec_transfer.stores import open_store
 from chiasm.heap import recycle_large_buffers
 from chiasm.http.listen import bind
 from chiasm.http.serve import HttpServer
@@ -38,8 +37,6 @@ def run(
     socket that all of them listen on.
     """
     recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
-    if config.store:
-        open_store(config.store).close()  # what is wrong with it would end the event loop with a traceback
     listener = listener or bind(config.host, config.port)
     among_workers = [] if worker is None else [worker.bind()]
     server = create_server(create_app(config, worker=worker), config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from aiohttp.abc import AbstractResolver
 
+from chiasm.ec_transfer.stores import Store
 from chiasm.errors import Code, InvalidRequestError, MediaError
 from chiasm.media import Fetcher
 from chiasm.proxy.balancing import Balancer
@@ -45,6 +46,7 @@ class RequestImages:
         balancer: Balancer,
         encoders: Encoders,
         *,
+        store: Store | None,
         resolver: AbstractResolver | None,
     ) -> None:
         self._config = config
@@ -55,7 +57,7 @@ class RequestImages:
         self._fetcher = Fetcher(config.media, resolver=resolver)
         self._executor = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
         self._stored_embeddings = StoredEmbeddings(
-            config.store,
+            store,
             fleet,
             metrics,
             is_at_encoder=queue.is_at_encoder,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from aiohttp.abc import AbstractResolver
 
+from chiasm.ec_transfer.stores import Store
 from chiasm.errors import (
     Code,
     EmbeddingUnavailableError,
@@ -54,6 +55,7 @@ class Router:
         prober: Prober,
         metrics: Metrics,
         *,
+        store: Store | None,
         resolver: AbstractResolver | None,
     ) -> None:
         self._config = config
@@ -104,6 +106,7 @@ class Router:
             self._places,
             self._balancer,
             self.encoders,
+            store=store,
             resolver=resolver,
         )
         self._kv_releases = KVReleases(upstream, metrics, timeout_seconds=config.probe_timeout_seconds)

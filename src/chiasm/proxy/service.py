@@ -11,6 +11,7 @@ from functools import partial
 
 from aiohttp.abc import AbstractResolver
 
+from chiasm.ec_transfer.stores import open_store
 from chiasm.errors import Code, OverloadedError
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import Admission, Endpoint, Exchange
@@ -48,7 +49,10 @@ class ProxyService:
     """The proxy without its routes. Call ``start`` and ``close`` on the event loop that serves."""
 
     def __init__(self, config: ProxyConfig, resolver: AbstractResolver | None = None) -> None:
-        """``resolver`` looks up the names of media hosts, in place of the system's."""
+        """``resolver`` looks up the names of media hosts, in place of the system's.
+
+        Raises ConfigurationError for keys that cannot be read, and a shared cache that can't be used.
+        """
         self.config = config
         self.fleet = Fleet()
         self.membership = Membership(self.fleet)
@@ -65,6 +69,7 @@ class ProxyService:
         self._discovered = [parse_source(argument) for argument in config.discover]
         self._resolver = resolver
         self.fleet_key = read_fleet_key(config.fleet_key_file)
+        self._store = open_store(config.store) if config.store else None
         self._parsers = ThreadPoolExecutor(1, thread_name_prefix="parse")
         self.upstream: Upstream
         self.prober: Prober
@@ -90,7 +95,9 @@ class ProxyService:
             busy_timeout_seconds=min(config.busy_probe_timeout_seconds, config.probe_timeout_seconds),
             key=key,
         )
-        self.router = Router(config, self.fleet, self.upstream, self.prober, self.metrics, resolver=self._resolver)
+        self.router = Router(
+            config, self.fleet, self.upstream, self.prober, self.metrics, store=self._store, resolver=self._resolver
+        )
         self.leases = Leases(self.membership, self.fleet, self.prober, self.fleet_key, self.now)
         self._sources = Sources(self._discovered, self.membership, self.prober.role_at)
         roles = (

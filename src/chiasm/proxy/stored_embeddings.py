@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from chiasm.ec_transfer.stores import Guard, Store, StoreError, open_store
+from chiasm.ec_transfer.stores import Guard, Store, StoreError
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
@@ -37,11 +37,11 @@ class _Question:
 
 
 class StoredEmbeddings:
-    """Asks the store. Made and used on one event loop; without a URL there is no store, and nothing is asked."""
+    """Asks the store. Made and used on one event loop; without a store, nothing is asked."""
 
     def __init__(
         self,
-        url: str,
+        store: Store | None,
         fleet: Fleet,
         metrics: Metrics,
         *,
@@ -49,7 +49,7 @@ class StoredEmbeddings:
         timeout_seconds: float,
     ) -> None:
         """``is_at_encoder`` tells whether an encoder has an embedding in its memory now."""
-        self._store: Store | None = open_store(url) if url else None
+        self._store = store
         self._fleet = fleet
         self._metrics = metrics
         self._is_at_encoder = is_at_encoder
