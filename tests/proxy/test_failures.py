@@ -409,3 +409,17 @@ async def test_a_client_that_leaves_while_media_is_fetched(start: Start) -> None
                 pass  # until the proxy hangs up
     assert not pd.received
     assert not encoder.received
+
+
+async def test_an_error_of_an_instance_that_is_not_understood_is_passed_on_and_noted(start: Start) -> None:
+    pd = FakeInstance("pd")
+    said = b'{"error": {"x": ' + b"[" * 3000
+
+    async def nonsense(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return web.Response(status=400, body=said)
+
+    pd.answer = nonsense
+    front = await start([pd])
+    answer = await front.post(ask("x"))
+    assert (answer.status, answer.body) == (400, said)
+    assert (await front.record(answer.headers["X-Request-Id"]))["status"] == 400

@@ -19,6 +19,7 @@ import msgspec
 
 from chiasm.bench.traffic import Arrival, Shape
 from chiasm.errors import ConfigurationError
+from chiasm.wire import UNREADABLE
 
 MAX_LINES = 100_000
 _MAX_LINE_BYTES = 1 << 16
@@ -100,7 +101,7 @@ def _arrival(file: Path, number: int, line: bytes, before: float) -> Arrival:
         raise wrong(f"a line has at most {_MAX_LINE_BYTES} bytes")
     try:
         read = _decoder.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise wrong(str(error).rstrip(".")) from None
     if read.time < before:
         raise wrong(f"the time {read.time:g} is before that of the request before it, {before:g}; sort the lines")

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Scope
 
 from chiasm.http.fields import Fields
-from chiasm.wire import ErrorBody
+from chiasm.wire import UNREADABLE, ErrorBody
 
 if TYPE_CHECKING:
     from chiasm.http.key_ring import KeyHolder
@@ -107,7 +107,7 @@ class Visit:
         """Code and message of the error that was sent; of one that isn't JSON of OpenAI's shape, the text itself."""
         try:
             detail = _error.decode(self._error).error
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             return "", self._error.decode("utf-8", "replace")
         return str(detail.code or detail.type or ""), detail.message
 

@@ -11,7 +11,7 @@ import msgspec
 
 from chiasm.http.listen import base_url, bind
 from chiasm.prometheus import read_samples, total
-from chiasm.wire import Health, InstanceInfo, ProxyHealth
+from chiasm.wire import UNREADABLE, Health, InstanceInfo, ProxyHealth
 
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 _HEALTH_SECONDS = 2.0
@@ -85,7 +85,7 @@ def instance_infos(url: str, key: str | None = None) -> dict[str, InstanceInfo]:
     _, body = _get_health(url, key=key)
     try:
         return {instance.url: instance for instance in msgspec.json.decode(body, type=ProxyHealth).instances}
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return {}
 
 
@@ -101,7 +101,7 @@ def load_progress(url: str) -> str:
     status, body = _get_health(url, _PROGRESS_SECONDS)
     try:
         health = msgspec.json.decode(body, type=Health) if status == 503 else Health()
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return ""
     return f"{health.loaded_tensors}/{health.tensors} tensors" if health.tensors else ""
 

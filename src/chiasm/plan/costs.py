@@ -19,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from chiasm.errors import ConfigurationError
+from chiasm.wire import UNREADABLE
 
 FORMAT_VERSION = 2
 
@@ -164,7 +165,7 @@ def read_costs(path: Path, model: str) -> MeasuredFile:
     """Read what a calibration run wrote. Raises ConfigurationError if it isn't that, or is for another model."""
     try:
         measured = msgspec.json.decode(path.read_bytes(), type=MeasuredFile)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigurationError(
             f"--costs {path} cannot be read as measured costs ({error}); measure them with --calibrate."
         ) from error
@@ -187,8 +188,8 @@ def check_writable(path: Path) -> None:
 
 def write_costs(path: Path, measured: MeasuredFile) -> None:
     """Write measured costs. Raises ConfigurationError."""
-    check_writable(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(measured), indent=1) + b"\n")
     except OSError as error:
         raise _unwritable(path, error) from error
