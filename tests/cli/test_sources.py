@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chiasm.cli import instance, proxy, serve
-from chiasm.cli.dry_run import preview
+from chiasm.cli.dry_run import _without_secrets, preview
 from chiasm.cli.parser import Parser
 from chiasm.errors import ConfigurationError
 from chiasm.launch import Deployment
@@ -159,6 +160,13 @@ def test_a_dry_run_shows_numbers_as_they_are(checkpoint: Path) -> None:
     shown = preview(Deployment(serve.deployment_config(settings)))
     assert shown.count("--deadline-seconds 1234567.25") == 3
     assert "--kv-lease-seconds 1.23456789 " in shown
+
+
+@pytest.mark.parametrize("flags", ["--api-key one two", "--api_key one two", "--api-key=one --hf-token two"])
+def test_a_dry_run_shows_none_of_several_secrets(flags: str) -> None:
+    shown = _without_secrets(["vllm", "serve", "demo", *flags.split(), "--port", "80", "--ec-store", "redis://u:p@h"])
+    assert not {"one", "two", "p"} & set(re.findall(r"\w+", " ".join(shown)))
+    assert shown[-4:] == ["--port", "80", "--ec-store", "redis://…@h"]
 
 
 def test_a_dry_run_names_the_encoders_that_run_only_while_they_are_needed(checkpoint: Path) -> None:

@@ -80,11 +80,14 @@ def _texts(option: NamedOption, value: Any) -> list[str]:
 
 def _without_secrets(command: list[str]) -> list[str]:
     shown: list[str] = []
+    is_secret = False
     for argument in command:
         name, equals, _ = argument.partition("=")
-        if shown and shown[-1].startswith("-") and _SECRET_NAME.search(shown[-1]):
+        if argument.startswith("-"):
+            is_secret = bool(_SECRET_NAME.search(name))  # and so are all values of this flag
+        if is_secret and not argument.startswith("-"):
             shown.append(_HIDDEN)
-        elif equals and name.startswith("-") and _SECRET_NAME.search(name):
+        elif is_secret and equals:
             shown.append(f"{name}={_HIDDEN}")
         else:
             shown.append(_SECRET_IN_URL.sub(f"{_HIDDEN}@", argument))
