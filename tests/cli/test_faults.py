@@ -30,6 +30,29 @@ def test_a_missing_model(command: list[str]) -> None:
     assert "no model '/nowhere/at/all'" in _one_line(*command, "/nowhere/at/all").lower()
 
 
+def test_a_model_in_the_home_of_a_user_that_there_is_not() -> None:
+    assert "no model '~nobody-at-all/model'" in _one_line("serve", "~nobody-at-all/model").lower()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve {}/model",
+        "instance {}/model --role pd --port 0",
+        "doctor {}/model",
+        "plan {}/model --devices L4 --mix text --ttft-slo 1 --tpot-slo 1",
+        "plan demo --devices cpu:1 --mix text --ttft-slo 1 --tpot-slo 1 --costs {}/costs.json",
+        "proxy --port 0 --allowed-local-media-path {}/images",
+    ],
+)
+def test_a_folder_that_may_not_be_read(command: str, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    line = _one_line(*command.format(tmp_path / "closed").split())
+    assert f"{tmp_path}/closed/" in line
+    assert "can't be used: Permission denied" in line
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -75,6 +75,10 @@ def main() -> None:
             raise
         _discard_output()
         sys.exit(_NOBODY_READS)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename} can't be used: {error.strerror}. Let this user have it, or name another path.")
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -374,7 +375,7 @@ class DeploymentConfig:
 
 def model_name(model: str) -> str:
     """Return what clients call a model: a checkpoint's folder by its own name, anything else as it was given."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return path.resolve().name if (path / "config.json").is_file() else model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _folder_without_hub(model: str) -> Path | None:
     """Return None for a name on the hub. Raises ConfigurationError if it names no model at all."""
     from chiasm import checkpoints
 
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if model and (path / "config.json").is_file():
         return path
     if model in checkpoints.names():
