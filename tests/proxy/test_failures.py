@@ -183,6 +183,20 @@ async def test_a_malformed_encoder_answer_fails_the_image(start: Start, body: by
     answer = await front.post(ask("x", image(image_bytes())))
     assert answer.status == 503
     assert answer.error["code"] == "encoder_lost"
+    assert "An encoder's answer doesn't name the image in ec_transfer_params." in answer.error["message"]
+
+
+@pytest.mark.parametrize("status", [204, 302])
+async def test_an_encoder_that_gives_no_answer_fails_the_image(start: Start, status: int) -> None:
+    async def redirect(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return web.Response(status=status, headers={"Location": "https://127.0.0.1"})
+
+    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+    encoder.answer, pd.answer = redirect, never
+    front = await start([encoder, pd])
+    answer = await front.post(ask("x", image(image_bytes())))
+    assert (answer.status, answer.error["code"]) == (503, "encoder_lost")
+    assert f"An encoder answered with status {status}." in answer.error["message"]
 
 
 async def test_an_unexpected_error_of_a_call_is_that_of_its_requests_and_of_none_later(

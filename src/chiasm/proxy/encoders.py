@@ -306,6 +306,10 @@ class Encoders:
         if response.status == 200:
             self._accept(call, response)
             return
+        if not 400 <= response.status <= 599:  # a redirection, for example, which is no answer for the client
+            self._exclude(call.flights, instance)
+            self._again(call, call.flights, UpstreamError(f"An encoder answered with status {response.status}."))
+            return
         refusal = RefusedError(response)
         if refusal.is_leaving:  # if no other is left, its images wait only when it is known to be unhealthy
             await self._prober.lost(instance, refusal)
@@ -376,7 +380,7 @@ class Encoders:
                 if self._withdraw(flight, call):
                     self._requeue(flight)
             return
-        if error.status >= 500 or error.status in _TRY_ELSEWHERE or error.status < 400:
+        if error.status >= 500 or error.status in _TRY_ELSEWHERE:
             self._exclude(call.flights, call.instance)
             self._again(call, call.flights, error)
             return
@@ -411,11 +415,12 @@ class Encoders:
         for flight in flights:
             flight.entry.failed_at.add(instance)
 
-    def _again(self, call: Call, flights: Sequence[Flight], error: Exception) -> None:
+    def _again(self, call: Call, flights: Sequence[Flight], error: ChiasmError) -> None:
+        _log.info("%s has not encoded %d image(s): %s", call.instance.url, len(flights), error.message)
         for flight in flights:
             if not self._withdraw(flight, call):
                 continue
-            flight.refusal = error if isinstance(error, RefusedError) else None
+            flight.fault = error
             if flight.attempts >= self._max_attempts:
                 self._settle(flight, none_left(flight))
             else:

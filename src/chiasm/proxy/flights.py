@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from chiasm.errors import Code, EmbeddingUnavailableError
+from chiasm.errors import ChiasmError, Code, EmbeddingUnavailableError
 from chiasm.http.timing import TimingEntry
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import Feed
@@ -44,8 +44,8 @@ class Flight:
         """Whether an encoder has refused it for want of room."""
         self.stranded_since: float | None = None
         """Since when no healthy encoder may get it."""
-        self.refusal: RefusedError | None = None
-        """With what the last encoder that failed has answered, if it has."""
+        self.fault: ChiasmError | None = None
+        """What was wrong at the last encoder that failed: its own error, if it has answered with one."""
 
     @property
     def for_trail(self) -> EncodedAt | None:
@@ -100,13 +100,14 @@ class Call:
 
 def none_left(flight: Flight, waited_seconds: float = 0.0) -> Exception:
     """Return the error for an image that no encoder is left for."""
-    if flight.refusal is not None:
-        return flight.refusal  # it says why
+    if isinstance(flight.fault, RefusedError):
+        return flight.fault  # it says why
     if not flight.attempts:
         return none_healthy(Role.ENCODER, waited_seconds)
     attempts = "one attempt" if flight.attempts == 1 else f"{flight.attempts} attempts"
     which = f"no encoder came back within {waited_seconds:g} s" if waited_seconds else "no other encoder is left"
+    last = f" The last attempt: {flight.fault.message}" if flight.fault else ""
     return EmbeddingUnavailableError(
-        f"An image could not be encoded in {attempts}, and {which}; try again.",
+        f"An image could not be encoded in {attempts}, and {which}; try again.{last}",
         code=Code.ENCODER_LOST,
     )
