@@ -91,6 +91,15 @@ def test_nobody_reads_what_is_printed(command: list[str]) -> None:
     assert "Error" not in done.stderr
 
 
+def test_standard_output_and_error_may_be_closed() -> None:
+    def close() -> None:
+        os.close(1)
+        os.close(2)
+
+    for command, code in ((["models"], 0), (["serve", "demo", "--dry-run"], 0), (["serve", "/nowhere/at/all"], 2)):
+        assert subprocess.run([*CHIASM, *command], preexec_fn=close, check=False).returncode == code
+
+
 @pytest.mark.parametrize("command", [*PRINTING, ["serve", "demo", "--aggregated", "1", "--port", "0"]], ids=" ".join)
 def test_there_is_no_room_for_what_is_printed(command: list[str]) -> None:
     with open("/dev/full", "wb") as full:

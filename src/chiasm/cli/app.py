@@ -56,12 +56,12 @@ Options:
 
 def main() -> None:
     """Run the command that the arguments name. Expected faults end with one line on stderr and exit code 2."""
+    _open_closed_streams()
     try:
         try:
             code = _run(sys.argv[1:])
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         sys.exit(code)
     except ChiasmError as error:
         _fail(error.message)
@@ -123,10 +123,15 @@ def _run(arguments: Sequence[str]) -> int | None:
     return code
 
 
-def _is_without_reader(stream: TextIO | None) -> bool:
+def _open_closed_streams() -> None:
+    """Have what is written to standard output or error go nowhere if it was closed: Python has no stream then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
+
+
+def _is_without_reader(stream: TextIO) -> bool:
     """Return whether whoever read what is written there, such as ``head``, has gone."""
-    if stream is None:
-        return False
     poll = select.poll()
     poll.register(stream, 0)  # that is told in any case
     return bool(poll.poll(0))
@@ -134,8 +139,7 @@ def _is_without_reader(stream: TextIO | None) -> bool:
 
 def _discard_output() -> None:
     """Have what is left to write to standard output go nowhere: at the end, Python would fail to write it once more."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int = _EXIT_CODE) -> NoReturn:
