@@ -74,7 +74,7 @@ class Place:
 
     async def _lease(self, request: web.Request) -> web.Response:
         if not self.is_proxy:
-            raise web.HTTPNotFound
+            return _respond(404, ErrorBody(error=ErrorDetail(message="Nothing is served under this path.")))
         return _respond(200, LeaseAnswer(clock_milliseconds=CLOCK))
 
 
@@ -126,9 +126,17 @@ async def test_a_refusal_without_a_key_says_which_options_give_one(place: Place)
         with pytest.raises(NotDrainedError, match="Give it with --fleet-key-file or CHIASM_FLEET_KEY"):
             await drain.begin()
     place.drained = (401, ErrorBody(error=ErrorDetail(message="Send the key.", type="authentication_error")))
+    place.is_proxy = True
     async with Drain("http://10.0.0.5:8001", proxy=place.url) as drain:
         with pytest.raises(NotDrainedError, match="Give one with CHIASM_ADMIN_KEY, --admin-key, --fleet-key-file"):
             await drain.begin()
+
+
+async def test_an_instance_that_is_named_as_the_proxy_does_not_drain(place: Place) -> None:
+    async with Drain("http://10.0.0.5:8001", proxy=place.url) as drain:
+        with pytest.raises(NotDrainedError, match=f"{place.url} is not a proxy"):
+            await drain.begin()
+    assert not place.orders
 
 
 async def test_it_has_ended_when_nothing_listens_there(place: Place) -> None:

@@ -64,10 +64,12 @@ class Drain:
         place = self._proxy or self.url
         body = msgspec.json.encode(DrainOrder(url=self.url if self._proxy else ""))
         headers = {"Content-Type": "application/json"}
+        clock = await self._clock() if self._proxy is not None or self._key is not None else None
+        if self._proxy is not None and clock is None:
+            raise NotDrainedError(f"{place} is not a proxy, and would drain itself. Name another one with --proxy.")
         if self._admin_key is not None and self._proxy is not None:
             headers["Authorization"] = f"Bearer {self._admin_key}"
         elif self._key is not None:
-            clock = await self._clock()
             headers |= signature(self._key, "POST", DRAIN_PATH, body_digest(body), clock_milliseconds=clock)
         try:
             async with self._session.post(place + DRAIN_PATH, data=body, headers=headers) as response:
