@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from chiasm.errors import ConfigurationError
-from chiasm.plan.costs import MeasuredCosts, MeasuredFile, StepShape, ThreadCosts, interpolate, read_costs, write_costs
+from chiasm.plan.costs import (
+    MeasuredCosts,
+    MeasuredFile,
+    StepShape,
+    ThreadCosts,
+    check_writable,
+    interpolate,
+    read_costs,
+    write_costs,
+)
 from chiasm.plan.devices import GPUS
 from chiasm.plan.roofline import STEP_SECONDS, Roofline
 from chiasm.plan.shapes import MODELS, fixed
@@ -81,3 +90,8 @@ def test_a_faster_gpu_takes_less_time() -> None:
     shape = MODELS["qwen3-vl-8b-instruct"]
     seconds = [Roofline(GPUS[name], shape).step_seconds(StepShape(2048), 1) for name in ("b200", "h100", "a100", "l4")]
     assert seconds == sorted(seconds)
+
+
+def test_a_folder_is_no_file_for_costs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"Is a directory\. Name another file with --costs"):
+        check_writable(tmp_path)
