@@ -114,12 +114,14 @@ def test_a_header_that_a_person_overwrote_is_a_miss(server: StoreServer, store: 
     assert store.exists_many([entry.identifier], FINGERPRINT) == [None]
 
 
-def test_a_header_of_any_size_takes_no_more_memory_than_one_may_have(
+def test_a_header_of_any_size_is_a_miss_and_hides_no_other_entry(
     server: StoreServer, store: Store, entry: StoredEntry
 ) -> None:
-    server.call("SET", header_key(server), b"x" * (1 << 20))
-    with pytest.raises(StoreError, match="another length"):
-        store.exists_many([entry.identifier], FINGERPRINT)
+    names = ["0" * 64, entry.identifier, "f" * 64]
+    key = header_key(server)
+    server.call("SET", key.replace(entry.identifier.encode(), b"0" * 64), b"x" * (1 << 20))
+    server.call("RPUSH", key.replace(entry.identifier.encode(), b"f" * 64), "no string")
+    assert store.exists_many(names, FINGERPRINT) == [None, entry, None]
 
 
 def test_a_server_that_is_full_and_evicts_nothing_says_so(program: Path) -> None:

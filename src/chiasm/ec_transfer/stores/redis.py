@@ -24,7 +24,7 @@ from chiasm.ec_transfer.stores.entry import (
     StoreFullError,
     check_chunk,
 )
-from chiasm.ec_transfer.stores.resp import Connection, ServerError, WrongLengthError
+from chiasm.ec_transfer.stores.resp import Connection, Reply, ServerError, TooLongError, WrongLengthError
 
 _CONNECT_SECONDS = 1.0
 _CALL_SECONDS = 1.0
@@ -51,11 +51,22 @@ class RedisStore(Store):
         if not identifiers:
             return []
         keys = [_key(identifier, fingerprint) for identifier in identifiers]
-        with self._connection(_CALL_SECONDS) as connection:
-            values = connection.call(b"MGET", *keys, max_bytes=MAX_HEADER_BYTES, max_items=len(keys))
+        try:
+            with self._connection(_CALL_SECONDS) as connection:
+                values = connection.call(b"MGET", *keys, max_bytes=MAX_HEADER_BYTES, max_items=len(keys))
+        except TooLongError:  # somebody has overwritten one of them, which must not hide the others
+            values = self._beginnings(keys)
         if not isinstance(values, list) or len(values) != len(keys):
             raise StoreError(f"{self.address} answered another question than it was asked.")
         return [_read(value, name, fingerprint) for value, name in zip(values, identifiers, strict=True)]
+
+    def _beginnings(self, keys: Sequence[bytes]) -> Reply:
+        """Return the values of these keys, each cut off so that it is no header if it is longer than one."""
+        with self._connection(_CALL_SECONDS) as connection:
+            for key in keys:
+                connection.send(b"GETRANGE", key, b"0", b"%d" % MAX_HEADER_BYTES)
+            values = [connection.reply(MAX_HEADER_BYTES + 1) for _ in keys]
+        return [value if isinstance(value, bytes) and len(value) <= MAX_HEADER_BYTES else None for value in values]
 
     def get_into(self, entry: StoredEntry, buffer: memoryview) -> None:
         if len(buffer) != entry.size_bytes:

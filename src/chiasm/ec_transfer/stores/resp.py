@@ -39,6 +39,10 @@ class WrongLengthError(Exception):
     """A value has another length than the buffer that it was to fill, or is none."""
 
 
+class TooLongError(StoreError):
+    """A string in a reply is longer than it may be."""
+
+
 class Connection:
     """One connection. For one thread at a time; after any error except ServerError it must be closed.
 
@@ -95,7 +99,7 @@ class Connection:
     def call(self, *command: bytes | memoryview, max_bytes: int = _MAX_LINE_BYTES, max_items: int = 0) -> Reply:
         """Send a command and return its reply, of at most so many strings of at most so many bytes.
 
-        Raises ServerError and StoreError.
+        Raises ServerError, and StoreError, for a longer string TooLongError.
         """
         self.send(*command)
         reply = self.reply(max_bytes, max_items)
@@ -141,8 +145,10 @@ class Connection:
         if kind == b"$":
             if number == -1:
                 return None
-            if not 0 <= number <= max_bytes:
+            if number < 0:
                 raise self._nonsense("a string of another length than expected")
+            if number > max_bytes:
+                raise TooLongError(f"{self._address} sent a string of {number} bytes, and {max_bytes} were expected.")
             data = bytearray(number)
             self._fill(memoryview(data))
             self._skip_end()
