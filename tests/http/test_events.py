@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,22 @@ def test_an_event_of_absurd_length_is_passed_on_in_pieces() -> None:
     splitter = EventSplitter()
     piece = b"x" * (events.MAX_EVENT_BYTES + 1)
     assert splitter.take(piece) == piece
+
+
+def test_a_long_event_in_many_pieces_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = 0
+    search = events._end_of_events
+
+    def counting(data: bytearray, start: int) -> int:
+        nonlocal searched
+        searched += len(data) - start
+        return search(data, start)
+
+    monkeypatch.setattr(events, "_end_of_events", counting)
+    splitter = EventSplitter()
+    pieces = [b"data: ", *[b"x" * 1000] * 1000, b"\r\n\r", b"\n"]
+    assert b"".join(map(splitter.take, pieces)) == b"".join(pieces)
+    assert searched < 1.01 * len(b"".join(pieces))
 
 
 def test_comments_and_events_are_framed() -> None:

@@ -31,27 +31,29 @@ class EventSplitter:
     """Holds back an event until all of it has arrived."""
 
     def __init__(self) -> None:
-        self._held = b""
+        self._held = bytearray()
 
     def take(self, chunk: bytes) -> bytes:
         """Return the whole events that have arrived with ``chunk``; may be empty."""
-        if not self._held and chunk.endswith(_END):  # as nearly always
+        held = self._held
+        if not held and chunk.endswith(_END):  # as nearly always
             return chunk
-        data = self._held + chunk
-        cut = end_of_events(data)
-        if not cut and len(data) > MAX_EVENT_BYTES:
-            cut = len(data)
-        self._held = data[cut:]
-        return data[:cut]
+        searched = max(0, len(held) - len(_END_CRLF) + 1)
+        held += chunk
+        cut = _end_of_events(held, searched)
+        if not cut and len(held) > MAX_EVENT_BYTES:
+            cut = len(held)
+        whole = bytes(held[:cut])
+        del held[:cut]
+        return whole
 
     def rest(self) -> bytes:
         """Return what is held back, and forget it."""
-        rest, self._held = self._held, b""
+        rest = bytes(self._held)
+        self._held.clear()
         return rest
 
 
-def end_of_events(data: bytes) -> int:
-    """Return the length of the part of ``data`` that is whole events."""
-    plain = data.rfind(_END)
-    with_returns = data.rfind(_END_CRLF)
-    return max(plain + len(_END) if plain >= 0 else 0, with_returns + len(_END_CRLF) if with_returns >= 0 else 0)
+def _end_of_events(data: bytearray, start: int) -> int:
+    """Return the length of the part of ``data`` that is whole events; none ends before ``start``."""
+    return max(at + len(end) if (at := data.rfind(end, start)) >= 0 else 0 for end in (_END, _END_CRLF))

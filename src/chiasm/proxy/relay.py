@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from msgspec import Raw
 
-from chiasm.http.events import MAX_EVENT_BYTES, EventSplitter, end_of_events
+from chiasm.http.events import MAX_EVENT_BYTES, EventSplitter
 from chiasm.proxy.upstream import InstanceError, UpstreamError
 from chiasm.wire import KV_COMMENT, TOKENS_COMMENT, UNREADABLE
 
@@ -127,9 +127,11 @@ async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
 
     Raises InstanceError if that event is an error, so that the client gets it with a status.
     """
-    data = b""
-    while end_of_events(data) <= 0 and len(data) <= MAX_EVENT_BYTES and (chunk := await next_chunk()):
-        data += chunk
+    splitter = EventSplitter()
+    whole = b""
+    while not whole and (chunk := await next_chunk()):
+        whole = splitter.take(chunk)
+    data = whole + splitter.rest()
     block = _BLOCK.match(data)
     if error := _ERROR.match(block[0]) if block else None:
         raise InstanceError(error[1], _ABORTED)
@@ -138,13 +140,15 @@ async def begin(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
 
 async def begin_answer(next_chunk: Callable[[], Awaitable[bytes]]) -> bytes:
     """Return the beginning of a stream of responses or messages, at least the first event that needed the whole prompt."""
-    data = b""
-    while len(data) <= MAX_EVENT_BYTES and (chunk := await next_chunk()):
-        data += chunk
-        before = _BEFORE_ANSWER.match(data)
-        if end_of_events(data) > (before.end() if before else 0):
-            break
-    return data
+    splitter = EventSplitter()
+    whole = b""
+    while len(whole) <= MAX_EVENT_BYTES and (chunk := await next_chunk()):
+        if part := splitter.take(chunk):
+            whole += part
+            before = _BEFORE_ANSWER.match(whole)
+            if len(whole) > (before.end() if before else 0):
+                break
+    return whole + splitter.rest()
 
 
 def read_handle(value: bytes) -> dict[str, Raw]:
