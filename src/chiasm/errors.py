@@ -109,7 +109,7 @@ class Code(enum.StrEnum):
     KV_UNAVAILABLE = "kv_unavailable"
     """The KV of the prompt is lost; the prompt must be prefilled again."""
     PREEMPTED = "preempted"
-    """A decode instance ran out of KV blocks and cannot recompute the prompt."""
+    """A decode instance ran out of KV blocks and of memory to set KV aside, and cannot recompute the prompt."""
     STARTING = "starting"
     """The instance is loading its model."""
     STOPPING = "stopping"
