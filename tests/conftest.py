@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import privileges
+
 # Tiny models run fastest on one thread, above all beside other processes. Read when torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid} has an address in its name; give its parameters ids.")
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[None]:
+    """Modes of files and folders count for the test and for commands that it starts, also where root runs it."""
+    with privileges.ordinary_user():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,7 +34,7 @@ def test_a_model_in_the_home_of_a_user_that_there_is_not() -> None:
     assert "no model '~nobody-at-all/model'" in _one_line("serve", "~nobody-at-all/model").lower()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.usefixtures("ordinary_user")
 @pytest.mark.parametrize(
     "command",
     [

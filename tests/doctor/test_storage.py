@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def test_a_folder_that_everybody_may_write_to_is_a_problem(tmp_path: Path) -> No
     assert "writable by every user" in problem(storage.planned_folder(tmp_path)).says
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.usefixtures("ordinary_user")
 def test_a_read_only_folder_is_a_problem(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     assert "cannot be written" in problem(storage.planned_folder(tmp_path)).says

@@ -206,7 +206,7 @@ def test_a_good_file_that_has_replaced_the_bad_one_is_not_removed(
     assert pd.load(identifier) is not None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.usefixtures("ordinary_user")
 def test_a_bad_file_that_cannot_be_removed_is_counted_once(pd: Instance, folder: Path, identifier: str) -> None:
     rewrite(entry_path(folder, identifier), lambda raw: raw.clear())
     folder.chmod(0o500)

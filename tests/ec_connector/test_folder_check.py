@@ -32,7 +32,7 @@ def test_a_folder_that_cannot_be_locked_or_written_is_found() -> None:
     assert examine_folder(Path("/proc/self/task"), writes=False) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.usefixtures("ordinary_user")
 def test_a_folder_that_cannot_be_created_is_found(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
@@ -83,7 +83,7 @@ def test_a_folder_that_every_user_may_write_to_is_refused(folder: Path) -> None:
     assert raised.value.message == finding.message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.usefixtures("ordinary_user")
 def test_a_read_only_folder_serves_consumers_and_refuses_producers(folder: Path) -> None:
     identifier = Instance(config_for(folder)).encode("a")
     folder.chmod(0o500)
