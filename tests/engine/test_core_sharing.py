@@ -6,7 +6,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.synchronize import Event
@@ -258,16 +257,32 @@ def test_the_pause_is_twice_as_long_each_time_in_a_row_up_to_a_bound_and_shrinks
     assert pauses == [100, 200, 400, 800, 1600, 3200, 3200, 0, 0, 1600]
 
 
+class Clock:
+    """Of a thread that computes all the time unless it is told that it waits."""
+
+    def __init__(self) -> None:
+        self.waited_ns = 0
+        self._computed_ns = time.monotonic_ns()
+
+    def monotonic_ns(self) -> int:
+        self._computed_ns += 1000
+        return self._computed_ns + self.waited_ns
+
+    def thread_time_ns(self) -> int:
+        return self._computed_ns
+
+
 def test_a_thread_whose_layer_waits_computes_the_next_one_on_fewer_cores(
     share: CoreShare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chiasm.engine.core_sharing._INTERVAL_NS", 0)
+    clock = Clock()
+    monkeypatch.setattr("chiasm.engine.core_sharing.time", clock)
     seen: list[int] = []
 
     class Layer(nn.Module):
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             seen.append(torch.get_num_threads())
-            threading.Event().wait(0.03)  # as long as another program has the cores
+            clock.waited_ns += 30 * _MS  # as long as another program has the cores
             return hidden
 
     model = nn.ModuleList([Layer(), Layer(), Layer()])

@@ -290,18 +290,18 @@ def _explain(error: Exception, shown: str) -> MediaError:
     """Return the error that the client sees. It reveals no addresses, headers or host names behind the URL."""
     if isinstance(error, MediaError):
         return error
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, RefusedAddressError):
-        return MediaError(
-            f"{shown} leads to an address that is not public. Images are fetched only from public addresses.",
-            code=Code.MEDIA_ADDRESS_NOT_ALLOWED,
-        )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         number = getattr(error.certificate_error, "verify_code", 0)
         return MediaError(
             f"The certificate of {shown}, or of where it redirects to, {_CERTIFICATE_FAULTS.get(number, 'is not valid')}. Send "
             "the image as a data: URL if you trust the site.",
             code=Code.MEDIA_CERTIFICATE_INVALID,
+        )
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, RefusedAddressError):
+        return MediaError(
+            f"{shown} leads to an address that is not public. Images are fetched only from public addresses.",
+            code=Code.MEDIA_ADDRESS_NOT_ALLOWED,
         )
     code = Code.MEDIA_UNREACHABLE
     if isinstance(error, TimeoutError):
