@@ -72,6 +72,14 @@ print("ended", flush=True)
 LONG = "60"
 
 
+@pytest.fixture(autouse=True)
+def _without_nohup() -> Iterator[None]:
+    """Processes get SIGHUP as from a terminal, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @contextlib.contextmanager
 def server(shutdown_timeout: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server whose stream ends when /go has been asked for; it must end quietly and with exit code 0."""
