@@ -178,16 +178,16 @@ class Child:
     def _live(self) -> None:
         failures = 0
         while True:
-            ready_since = None
+            self._ready_since = None
             code: int | None = None
             self._change(ProcessState.STARTING)
             process = self._spawn()
             if process is not None:
-                ready_since, code = self._follow(process)
+                code = self._follow(process)
             if self._ending.is_set():
                 self._change(ProcessState.STOPPED)
                 return
-            was_steady = ready_since is not None and time.monotonic() - ready_since > STEADY_SECONDS
+            was_steady = self._ready_since is not None and time.monotonic() - self._ready_since > STEADY_SECONDS
             failures = 1 if was_steady else failures + 1
             if self._gives_up(code, failures):
                 return
@@ -215,13 +215,12 @@ class Child:
             self._signal(signal.SIGKILL)
         return process
 
-    def _follow(self, process: Process) -> tuple[float | None, int]:
-        """Wait until the process has ended; return when it became ready, if it did, and its return code.
+    def _follow(self, process: Process) -> int:
+        """Wait until the process has ended, and return its return code.
 
         What it says is read in threads: a process that it has started may keep its streams open after its end, and then reading
         doesn't end.
         """
-        self._ready_since = None
         self._configure(process)
         readers = [
             threading.Thread(target=read, args=(stream,), name=f"chiasm-{self.name}-{name}", daemon=True)
@@ -243,7 +242,7 @@ class Child:
                 reader.join(_LAST_LINES_SECONDS / _PARTS)
         with contextlib.suppress(OSError):
             process.stdin.close()
-        return self._ready_since, code
+        return code
 
     def _configure(self, process: Process) -> None:
         if self._configuration:
