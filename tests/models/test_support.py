@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ def _load_vision(folder: Path) -> object:
 
 
 LOADERS = [load_processor, _load_language, _load_vision]
+WRONG: list[Any] = [None, "nonsense", [], {}, {"height": "x"}, -1, 0, 1e300]
 
 
 @pytest.mark.parametrize("load", LOADERS)
@@ -110,9 +112,10 @@ def test_preprocessing_settings_that_the_geometry_does_not_follow_are_refused(
 def test_a_folder_that_is_not_a_checkpoint_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no config\.json"):
         load_processor(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="JSON"):
-        load_processor(tmp_path)
+    for damaged in (b"{", b'{"a": ' * 50_000, b'"\xff"'):
+        (tmp_path / "config.json").write_bytes(damaged)
+        with pytest.raises(ConfigurationError, match="JSON"):
+            load_processor(tmp_path)
 
 
 def test_a_checkpoint_without_its_tokenizer_is_a_configuration_error(edited: Callable[..., Path]) -> None:
@@ -121,3 +124,19 @@ def test_a_checkpoint_without_its_tokenizer_is_a_configuration_error(edited: Cal
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigurationError, match="tokenizer"):
         load_processor(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_any_value_that_is_missing_or_wrong_is_told_as_one_of_the_checkpoint(
+    loaded: Loaded, edited: Callable[..., Path], file: str
+) -> None:
+    """Each value in turn. Some aren't used, or have a default that does."""
+    content = json.loads((loaded.folder / file).read_text())
+    refused = 0
+    for name, wrong in itertools.product(content, WRONG):
+        folder = edited(loaded.family, file, **content | {name: wrong})
+        try:
+            load_processor(folder)
+        except (ConfigurationError, UnsupportedModelError):
+            refused += 1
+    assert refused > len(content)

@@ -226,19 +226,19 @@ def parse_arguments(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise _wrong(f"{text!r} is not a command line: {error}") from None
+        raise _wrong(f"{_shown(text)} is not a command line: {error}") from None
 
 
 def _parse_json_list(text: str, *, example: str) -> tuple[str, ...]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(text)
         if isinstance(values, list) and all(isinstance(value, str) for value in values):
             return tuple(values)
-    raise _wrong(f"{text!r} is not a JSON list of strings; write for example {example}")
+    raise _wrong(f"{_shown(text)} is not a JSON list of strings; write for example {example}")
 
 
 def _parse_json_object(text: str, *, example: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         if isinstance(value, dict):
             return value
@@ -251,14 +251,14 @@ def _wrong(message: str) -> argparse.ArgumentTypeError:
 
 def _parse_choice(text: str, *, choices: tuple[str, ...], kind: Callable[[str], Any]) -> Any:
     if text.lower() not in choices:
-        raise _wrong(f"{text!r} is not one of {', '.join(choices)}")
+        raise _wrong(f"{_shown(text)} is not one of {', '.join(choices)}")
     return kind(text.lower())
 
 
 def _parse_list(text: str, *, separator: str) -> tuple[str, ...]:
     values = tuple(value.strip() for value in text.split(separator))
     if not all(values):
-        raise _wrong(f"{text!r} is not a list; write for example {separator.join('01')}")
+        raise _wrong(f"{_shown(text)} is not a list; write for example {separator.join('01')}")
     return values
 
 

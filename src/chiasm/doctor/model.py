@@ -11,7 +11,7 @@ from pathlib import Path
 from chiasm.doctor.client import Client, NoAnswerError
 from chiasm.doctor.report import Check, Result, shown
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.models.checkpoint import Checkpoint, open_checkpoint
+from chiasm.models.checkpoint import MALFORMED, Checkpoint, open_checkpoint
 
 MODEL = Check("model")
 
@@ -127,7 +127,7 @@ def _parameters(file: Path) -> list[tuple[str, int]]:
             if file.stat().st_size != 8 + length + end:
                 raise ValueError("it is shorter or longer than its header says")
             return [(name, math.prod(tensor["shape"])) for name, tensor in tensors]
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigurationError(f"{file} is not a complete safetensors file: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections.abc import Set
@@ -16,6 +15,7 @@ from chiasm.cores import allowed_cpus, cpu_flags, has_native_bfloat16
 from chiasm.engine.attention import KVCache
 from chiasm.engine.config import DTYPES
 from chiasm.errors import ConfigurationError
+from chiasm.models.checkpoint import read_json, stored_dtype
 
 if TYPE_CHECKING:
     from chiasm.engine.config import EngineConfig
@@ -75,8 +75,7 @@ def choose_dtype(name: str, model: Path, device: torch.device, flags: Set[str] |
     if name == "auto":
         if device.type == "cpu":
             return torch.bfloat16 if has_native_bfloat16(cpu_flags() if flags is None else flags) else torch.float32
-        config = json.loads((model / "config.json").read_text())
-        name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        name = stored_dtype(read_json(model / "config.json")) or "bfloat16"
     if name not in _DTYPES:
         raise ConfigurationError(f"Unknown dtype {name!r}; use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[name]

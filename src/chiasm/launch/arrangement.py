@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.devices import Placements, check_names, found_gpus, place, with_shares
 from chiasm.launch.gpus import Gpu
 from chiasm.launch.layout import Layout, cpu_pairs, in_words
+from chiasm.models.checkpoint import config_if_readable, stored_dtype
 from chiasm.wire import Role
 
 _LANGUAGE_SHARE = 0.6
@@ -115,11 +115,7 @@ def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
 def weights_bytes(config: DeploymentConfig, folder: Path, *, in_float32: bool) -> int:
     """Return the size of a checkpoint's weights in memory; ``in_float32`` says what the dtype ``auto`` is."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    try:
-        described = json.loads((folder / "config.json").read_text())
-        stored = described.get("dtype") or described.get("torch_dtype")
-    except (OSError, ValueError, AttributeError):  # the instances report it
-        return size
+    stored = stored_dtype(config_if_readable(folder))
     wanted = config.settings.get("dtype", "auto")
     widens = wanted == "float32" or (wanted == "auto" and in_float32)
     return 2 * size if widens and stored in _HALF else size

@@ -26,6 +26,7 @@ from chiasm.launch.config import DeploymentConfig
 from chiasm.launch.devices import Placement
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.process import KV_ROLES, vllm_flags
+from chiasm.models.checkpoint import config_if_readable
 from chiasm.wire import Role
 
 CONNECTOR = "ChiasmECConnector"
@@ -219,7 +220,7 @@ def default_kv_bytes(config: DeploymentConfig, available_bytes: int) -> int:
 
 def attention_heads(folder: Path) -> int | None:
     """Return the greatest common divisor of the heads of language model and vision tower; None if they aren't known."""
-    config = _config_of(folder)
+    config = config_if_readable(folder)
     text, vision = _section(config, "text_config", "llm_config"), _section(config, "vision_config")
     heads: list[Any] = [text.get("num_attention_heads") or config.get("num_attention_heads")]
     heads += [vision.get("num_heads") or vision.get("num_attention_heads") or 0]
@@ -238,7 +239,7 @@ def _role_flags(config: DeploymentConfig, folder: Path, role: Role, site: Site) 
         flags += ["--no-enable-prefix-caching"]  # it has no KV
     elif role is not Role.AGGREGATED:
         flags += ["--skip-mm-profiling"]  # it never encodes
-        if _config_of(folder).get("model_type") in _RUN_WITHOUT_TOWER:
+        if config_if_readable(folder).get("model_type") in _RUN_WITHOUT_TOWER:
             # With no image allowed vLLM loads no vision tower; embeddings are let in all the same.
             flags += ["--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0}), "--enable-mm-embeds"]
     return flags
@@ -276,15 +277,6 @@ def _sizes_kv(flags: Sequence[str]) -> bool:
     """Return whether a person has set the size of the KV cache."""
     named = {flag.partition("=")[0].replace("_", "-") for flag in flags}
     return not named.isdisjoint(_KV_SIZES) or bool(os.environ.get(_KV_SIZE_VARIABLE))
-
-
-def _config_of(folder: Path) -> Mapping[str, Any]:
-    """Return the checkpoint's config.json; empty if it cannot be read, which vLLM then reports."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _section(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:

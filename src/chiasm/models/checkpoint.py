@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ChiasmError, ConfigurationError
 
 JsonObject = dict[str, Any]
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+"""What is raised by reading JSON that is damaged, lacks a value or has a wrong one."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
@@ -72,11 +76,43 @@ def read_json(path: Path) -> JsonObject:
     """Return the JSON object in a file. Raises ConfigurationError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigurationError(f"Cannot read {path} as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path} does not hold a JSON object.")
     return value
+
+
+@contextmanager
+def told(message: str) -> Iterator[None]:
+    """A block in which transformers reads files; it raises anything where they lack a value or have a wrong one.
+
+    Raises ConfigurationError, which begins with ``message``.
+    """
+    try:
+        yield
+    except ChiasmError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigurationError(f"{message}: {reason}. Download the checkpoint again.") from error
+
+
+def config_if_readable(folder: Path) -> JsonObject:
+    """Return a folder's ``config.json``; empty if it can't be read, which is for what loads the model to report."""
+    try:
+        return read_json(folder / "config.json")
+    except ConfigurationError:
+        return {}
+
+
+def stored_dtype(config: JsonObject) -> str | None:
+    """Return the name of the weights' dtype, such as ``bfloat16``; None if ``config.json`` doesn't say."""
+    for part in (config, config.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and isinstance(value := part.get(name), str):
+                return value
+    return None
 
 
 def resolve_folder(model: str) -> Path:

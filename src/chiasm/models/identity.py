@@ -9,7 +9,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from chiasm.errors import ConfigurationError
-from chiasm.models.checkpoint import open_checkpoint
+from chiasm.models.checkpoint import MALFORMED, open_checkpoint
 
 _VERSION = b"chiasm entry 1"
 """Change it whenever the layout of entries or the preprocessing changes."""
@@ -59,7 +59,7 @@ def _add_weights(digest: blake3, file: Path) -> None:
             for begin, end in offsets:
                 for piece in _pieces(start + begin, start + end):
                     digest.update(data[piece])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigurationError(f"{file} is damaged or not a safetensors file. Download it again: {error}") from error
 
 

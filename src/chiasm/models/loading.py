@@ -14,6 +14,7 @@ from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models.base import LoadProgress
+from chiasm.models.checkpoint import MALFORMED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def load_part(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, *MALFORMED) as error:
         raise ConfigurationError(f"The weights of {checkpoint.folder} cannot be loaded: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(

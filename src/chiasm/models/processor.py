@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chiasm.errors import ConfigurationError, InvalidRequestError
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 from chiasm.models.chat import ChatTemplate
-from chiasm.models.checkpoint import Checkpoint, JsonObject, open_checkpoint, read_json
+from chiasm.models.checkpoint import Checkpoint, JsonObject, open_checkpoint, read_json, told
 from chiasm.models.families import Family, ProcessorParts
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.special_words import SpecialWords
@@ -164,12 +164,10 @@ def load_processor(folder: Path) -> Processor:
 
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
-    try:
+    with told(f"The tokenizer or image processor of {folder} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # The same backend everywhere: torchvision gives other pixels, and entries are cached by the image's content.
         image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    except (OSError, ValueError, ImportError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"The tokenizer or image processor of {folder} cannot be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigurationError(f"{folder} has no tokenizer.json. Choose a checkpoint with a fast tokenizer.")
     processor_config = folder / "processor_config.json"
@@ -179,7 +177,8 @@ def load_processor(folder: Path) -> Processor:
         image_processor=image_processor,
         processor_config=read_json(processor_config) if processor_config.is_file() else {},
     )
-    return TransformersProcessor(checkpoint, parts, family_of(config)(parts))
+    with told(f"The configs of {folder} lack a value that its {config.model_type} needs, or have a wrong one"):
+        return TransformersProcessor(checkpoint, parts, family_of(config)(parts))
 
 
 def _chat_template(folder: Path, parts: ProcessorParts) -> str | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from chiasm.errors import ConfigurationError, UnsupportedModelError
+from chiasm.errors import UnsupportedModelError
+from chiasm.models.checkpoint import told
 from chiasm.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -52,12 +53,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
     _check_model_type(checkpoint)
     from transformers import AutoConfig
 
-    try:
+    with told(f"{checkpoint.folder / 'config.json'} is not a valid config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(f"{checkpoint.folder / 'config.json'} is not a valid config: {error}") from error
-    _check_vision(checkpoint, config)
-    _check_text(checkpoint, config.get_text_config())
+        _check_vision(checkpoint, config)
+        _check_text(checkpoint, config.get_text_config())
     return config
 
 

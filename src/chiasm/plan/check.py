@@ -156,7 +156,7 @@ def read_measured(path: Path) -> Measured:
             for one in measurement["trials"]
         ]
         model = str(parameters["model"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigurationError(
             f"--check {path} is not a results.json of `chiasm bench goodput`: {type(error).__name__} {error}."
         ) from error
