@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import ItemWork, Prefix, Work
 from chiasm.wire import Costs, Health, ImageCost, Role
 

@@ -6,7 +6,8 @@ import pytest
 
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue, Feed
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import ItemWork, Placement
 from chiasm.wire import Role
 

@@ -9,7 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from chiasm.proxy.agreement import difference
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.wire import Health, InstanceState, Role
 
 HEALTH = Health(model="tiny", fingerprint="f" * 64, ec_store="store")

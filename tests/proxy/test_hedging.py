@@ -10,8 +10,9 @@ from aiohttp import web
 
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.hedging import Hedging
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import ItemWork, Placement
 from chiasm.wire import ECPlace, Role
 

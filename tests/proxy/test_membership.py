@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from chiasm.errors import ConflictError
 from chiasm.proxy import membership as module
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.membership import FORGET_SECONDS, OPTIONS, Listed, Membership
 from chiasm.wire import Health, InstanceState, Lease, Load, Role
 

@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from chiasm.due import STRETCH
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import LEASE_SECONDS, Load, Role
 

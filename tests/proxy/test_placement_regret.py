@@ -11,7 +11,8 @@ from functools import partial
 import pytest
 
 from chiasm.proxy.encode_plan import Entry
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import Placed, Placement, Work
 from chiasm.wire import Role
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.placement import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.wire import ECPlace, Role

@@ -17,7 +17,8 @@ from functools import partial
 from chiasm.bench.simulated_time import SimulatedTime
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
 

@@ -5,9 +5,9 @@ A request passes the files in this order: ``app`` (routes), ``service`` (from th
 images), ``media`` (fetch, inspect, name), ``encoders`` (images to encoders), ``balancing`` (which instance gets the text),
 ``handover`` and ``handover_engines`` (from prefill to decode), ``relay`` (a stream back). All calls of instances go through
 ``upstream``; ``waiting`` holds requests whose instances are away or full. Beside it run ``probe``, which asks instances how
-they are, and ``fleet``, which holds what they said; ``agreement`` decides which of them fit together. ``membership`` decides
-who belongs to the fleet, from what the options, an administrator, ``leases`` (instances that join) and ``discovery`` (files,
-DNS, Kubernetes) say. ``drain`` takes an instance down.
+they are, and ``fleet``, which holds what each ``instance`` said; ``agreement`` decides which of them fit together.
+``membership`` decides who belongs to the fleet, from what the options, an administrator, ``leases`` (instances that join) and
+``discovery`` (files, DNS, Kubernetes) say. ``drain`` takes an instance down.
 
 Requests that the proxy doesn't understand and passes on are in ``other_paths``. ``siblings`` are the other workers of a proxy
 that has several.
@@ -16,9 +16,8 @@ that has several.
 language instance has to do) and ``encode_queue`` (the images that wait); ``placement_record`` compares with the outcome.
 ``encode_plan`` has the rule by which an encoder is chosen, with ``rendezvous`` (which one an image prefers) and ``published``
 (which ones have it). ``places`` tells language instances where embeddings are; ``lost_embeddings`` finds those that are gone,
-and ``loss_news`` has the instances say when. ``tasks`` keeps what they leave running, and ``memory`` gives
-back the memory of requests that have ended. ``records`` keeps where the time of each
-request went, and shows it.
+and ``loss_news`` has the instances say when. ``tasks`` keeps what they leave running, and ``memory`` gives back the memory
+of requests that have ended. ``records`` keeps where the time of each request went, and shows it.
 """
 
 from typing import TYPE_CHECKING

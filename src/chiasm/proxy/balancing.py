@@ -11,7 +11,8 @@ from types import TracebackType
 from chiasm.errors import ChiasmError, Code, ModelNotFoundError, OverloadedError
 from chiasm.http.timing import TimingEntry, duration_of
 from chiasm.proxy.agreement import WHOLE_ROLES
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.placement import Placement

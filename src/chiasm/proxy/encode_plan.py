@@ -15,7 +15,7 @@ import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.proxy.rendezvous import Rendezvous

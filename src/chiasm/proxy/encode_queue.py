@@ -15,8 +15,9 @@ from typing import NamedTuple
 from chiasm.proxy.costs import InstanceCosts
 from chiasm.proxy.encode_plan import LOOK_UP_SECONDS, Choice, Device, Entry, Plan, Roster
 from chiasm.proxy.encoder_demand import Backlog
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.hedging import HEDGED_SHARE, Hedging
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.wire import Role

@@ -28,8 +28,9 @@ from chiasm.http.timing import TimingEntry, duration_of
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.encoder_demand import EncoderDemand
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.flights import Call, Flight, none_left
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics

@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from chiasm.proxy.balancing import Assignment, Balancer
-from chiasm.proxy.fleet import Instance
 from chiasm.proxy.handover_engines import PARAMS, Handle, HandoverEngine, Reason
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.places import reads_embeddings
 from chiasm.proxy.request import with_member

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from chiasm.http import Exchange
 from chiasm.http.events import CONTENT_TYPE, EventSplitter, comment
 from chiasm.http.timing import TimingEntry, write_timing
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.media import Item, embeds_part
 from chiasm.proxy.prompts import Work
 from chiasm.proxy.records.trail import Trail

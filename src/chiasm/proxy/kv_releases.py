@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.tasks import Tasks

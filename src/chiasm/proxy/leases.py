@@ -36,7 +36,8 @@ from chiasm.http import json_response, read_body
 from chiasm.http.fleet_calls import FleetGuard, caller_of, check_fleet
 from chiasm.http.listen import check_instance_url, is_loopback
 from chiasm.http.untrusted import read_json
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.membership import Membership
 from chiasm.proxy.probe import Prober
 from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, Lease, LeaseAnswer, Role

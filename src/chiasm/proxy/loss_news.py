@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Line, Upstream, UpstreamError

@@ -22,7 +22,8 @@ import msgspec
 
 from chiasm.errors import Code, EmbeddingUnavailableError
 from chiasm.proxy.encoders import Encoders
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.loss_news import LossNews
 from chiasm.proxy.media import Item

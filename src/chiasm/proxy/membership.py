@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from chiasm.errors import ConflictError
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.wire import LEASE_SECONDS, AddedInstance, HeldLease, InstanceState, Lease, Members, Role
 
 _log = logging.getLogger(__name__)

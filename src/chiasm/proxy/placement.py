@@ -23,8 +23,9 @@ from chiasm.proxy.agreement import PROMPT_ROLES
 from chiasm.proxy.costs import Correction
 from chiasm.proxy.encode_plan import HINDRANCE, Device, Entry
 from chiasm.proxy.encode_queue import EncodeQueue
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.hedging import HEDGED_SHARE
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Work
 from chiasm.wire import Role
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Upstream, UpstreamError

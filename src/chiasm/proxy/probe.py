@@ -15,7 +15,8 @@ import msgspec
 
 from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.upstream import (
     NoResponseInTimeError,

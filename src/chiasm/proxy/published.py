@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from weakref import WeakKeyDictionary
 
-from chiasm.proxy.fleet import Instance
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.prompts import ItemWork
 
 _MOST = 65536

@@ -21,9 +21,10 @@ from chiasm.proxy.balancing import Assignment, Balancer
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.encoder_demand import EncoderDemand
 from chiasm.proxy.encoders import Encoders
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.handover import Handover
 from chiasm.proxy.handover_engines import ChiasmEngine, VllmEngine, vllm_can_hand_over
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job, Original
 from chiasm.proxy.key_check import KeyCheck
 from chiasm.proxy.kv_releases import KVReleases

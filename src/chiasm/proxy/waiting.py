@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 
 from chiasm.errors import Code, OverloadedError
-from chiasm.proxy.fleet import Fleet, Instance
+from chiasm.proxy.fleet import Fleet
+from chiasm.proxy.instance import Instance
 from chiasm.proxy.metrics import Metrics
 from chiasm.wire import Role
 
