@@ -143,6 +143,10 @@ class ConfigurationError(ChiasmError):
     """The configuration cannot work (a missing model, a port in use, not enough memory)."""
 
 
+class UnreadableError(ConfigurationError):
+    """A file of the configuration cannot be read, for a reason that may pass (a full table of open files, a lost share)."""
+
+
 class UnsupportedModelError(ConfigurationError):
     """The checkpoint needs something that the model adapter does not support; the message names it."""
 

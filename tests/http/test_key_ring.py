@@ -14,6 +14,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.key_file import ApiKey
 from chiasm.http.key_ring import KeyHolder, KeyRing, Share
 from chiasm.http.limits import Limit
+from tests.unreadable import REASON, make_unreadable
 
 FIRST, SECOND, THIRD = (name * 4 for name in ("first", "second", "third"))
 
@@ -179,6 +180,21 @@ async def test_a_file_that_is_replaced_written_or_removed_is_noticed(
         await anext(changes)
         path.unlink()
         await anext(changes)
+
+
+async def test_a_file_that_could_not_be_read_is_read_again_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that was taken out must not stay valid because the file's share was away for a moment."""
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    ring = ring_of(tmp_path, f"key: {FIRST}")
+    make_unreadable(monkeypatch, tmp_path / "keys", times=3)
+    replace(tmp_path, f"key: {SECOND}")
+    async with asyncio.timeout(60), watch.running(ring.follow()):
+        while ring.holder_of(SECOND) is None:  # noqa: ASYNC110 - a ring has no event
+            await asyncio.sleep(0.001)
+    assert ring.holder_of(FIRST) is None
+    assert caplog.text.count(REASON) == 1, "the same reason is logged once"
 
 
 async def test_a_file_whose_mode_is_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

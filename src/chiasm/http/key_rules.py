@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ConfigurationError, UnreadableError
 from chiasm.ownership import other_writers
 
 LEAST_KEY_CHARACTERS = 16
@@ -50,9 +50,10 @@ def read_private_text(option: str, path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or "it is not a text"
-        raise ConfigurationError(f"{option}: {path} cannot be read: {reason}.") from None
+    except OSError as error:
+        raise UnreadableError(f"{option}: {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{option}: {path} cannot be read: it is not a text.") from None
     if len(content) > MAX_FILE_BYTES:
         raise ConfigurationError(f"{option}: {path} is larger than {MAX_FILE_BYTES >> 20} MiB.")
     if others := other_writers(path.stat()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ConfigurationError, UnreadableError
 from chiasm.http.config import HttpConfig
 from chiasm.http.watch import Replaceable
 
@@ -35,7 +35,7 @@ class Certificate(Replaceable[ssl.SSLContext]):
                 f"{named}: this is no certificate in PEM with its key ({reason}); the key may be in either file."
             ) from None
         except OSError as error:
-            raise ConfigurationError(f"{named} cannot be read: {error.strerror}.") from None
+            raise UnreadableError(f"{named} cannot be read: {error.strerror}.") from None
         return context
 
     def _take(self, read: ssl.SSLContext) -> str:

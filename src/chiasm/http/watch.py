@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from chiasm.errors import ConfigurationError
+from chiasm.errors import ConfigurationError, UnreadableError
 
 INTERVAL_SECONDS = 1.0
 _logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ class FileWatch:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self._seen = self._look()
+        self._fault: str | None = None
 
     async def changes(self) -> AsyncIterator[None]:
         """Yield after each change; never ends. What is at a path may be missing or incomplete then."""
@@ -34,6 +35,21 @@ class FileWatch:
             if found != self._seen:
                 self._seen = found
                 yield
+
+    def note_read(self) -> None:
+        """Take that what is there now is fit."""
+        self._fault = None
+
+    def note_fault(self, error: Exception) -> bool:
+        """Take what is wrong with what is there now; return whether that is news.
+
+        What couldn't be read, for a reason that may pass, counts as changed a second later.
+        """
+        if isinstance(error, (UnreadableError, OSError)):
+            self._seen = []
+        is_news = str(error) != self._fault
+        self._fault = str(error)
+        return is_news
 
     def _look(self) -> list[tuple[int, ...] | None]:
         return [_stamp(path) for path in self._paths]
@@ -58,8 +74,10 @@ class Replaceable(ABC, Generic[_ReadT]):
         try:
             done = self._take(await asyncio.to_thread(self._read))
         except (ConfigurationError, OSError) as error:
-            _logger.warning("%s: %s", self.kept, error)
+            if self._watch.note_fault(error):
+                _logger.warning("%s: %s", self.kept, error)
         else:
+            self._watch.note_read()
             _logger.info("%s", done)
 
     @abstractmethod

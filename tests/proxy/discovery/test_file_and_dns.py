@@ -21,6 +21,7 @@ from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.membership import Membership
 from chiasm.proxy.upstream import UpstreamError
 from chiasm.wire import Health, Role
+from tests.unreadable import REASON, make_unreadable
 
 ENCODER = Found("http://10.0.0.5:8001", Role.ENCODER)
 PD = Found("http://10.0.0.6:8001", Role.PD)
@@ -111,6 +112,18 @@ async def test_a_file_that_is_replaced_is_read_again_and_a_broken_one_changes_no
         new.write_text('[{"url": "http://10.0.0.6:8001", "role": "pd"}]')
         os.replace(new, file)
         assert await heard.next() == [PD]
+
+
+async def test_a_file_that_could_not_be_read_is_read_again_until_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.001)
+    file, heard = tmp_path / "fleet.json", Heard()
+    file.write_text('[{"url": "http://10.0.0.5:8001", "role": "encoder"}]')
+    make_unreadable(monkeypatch, file, times=3)
+    async for _ in running(FileSource(f"file:{file}", file), heard):
+        assert await heard.next() == [ENCODER]
+    assert caplog.text.count(REASON) == 1, "the same reason is logged once"
 
 
 # ---- DNS ---------------------------------------------------------------------------------------------------------------

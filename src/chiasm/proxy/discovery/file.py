@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.errors import ChiasmError, ConfigurationError, UnreadableError
 from chiasm.http.listen import check_instance_url
 from chiasm.http.watch import FileWatch
 from chiasm.proxy.discovery.base import MAX_LISTED, Found, Source, Tell
@@ -32,11 +32,11 @@ class FileSource(Source):
     def __init__(self, argument: str, path: Path) -> None:
         super().__init__(argument)
         self._path = path
+        self._watch = FileWatch([path])
 
     async def run(self, tell: Tell) -> None:
-        watch = FileWatch([self._path])
         await self.read(tell)
-        async for _ in watch.changes():
+        async for _ in self._watch.changes():
             await self.read(tell)
 
     async def read(self, tell: Tell) -> None:
@@ -44,7 +44,10 @@ class FileSource(Source):
         try:
             tell(await asyncio.to_thread(read_instances, self._path))
         except ChiasmError as error:
-            _log.warning("%s is not used: %s", self.name, error.message)
+            if self._watch.note_fault(error):
+                _log.warning("%s is not used: %s", self.name, error.message)
+        else:
+            self._watch.note_read()
 
 
 def read_instances(path: Path) -> list[Found]:
@@ -53,7 +56,7 @@ def read_instances(path: Path) -> list[Found]:
         with path.open("rb") as opened:
             content = opened.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}.") from None
     if len(content) > _MAX_BYTES:
         raise ConfigurationError(f"{path} is larger than {_MAX_BYTES >> 20} MiB.")
     try:
