@@ -31,19 +31,29 @@ from tests.deploy.rendering import CHART, KUBERNETES, LAYOUTS, Objects, files, k
 
 VERSIONS = ("1.28", "1.32", "1.37")
 _EVERYTHING = {
-    "apiKeySecret": "keys",
-    "adminKeySecret": "admin",
-    "hubTokenSecret": "hub",
-    "cacheClaim": "checkpoints",
-    "imagePullSecrets": ["registry"],
+    # Names that YAML would take for something else, and numbers that Helm would write as powers of ten.
+    "fleetKeySecret": "0777",
+    "apiKeySecret": "1e3",
+    "adminKeySecret": "true",
+    "hubTokenSecret": "null",
+    "cacheClaim": "0",
+    "imagePullSecrets": ["123"],
     "proxy": {
         "otlpTracesEndpoint": "http://collector:4318",
-        "tlsSecret": "certificate",
+        "tlsSecret": "no",
+        "memoryMi": 1 << 20,
         "args": ["--access-log=all"],
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
     },
     "instances": {
-        "encoder": {"gpus": 1, "surge": 0, "nodeSelector": {"gpu": "small"}, "args": ["--device=cuda"]},
+        "encoder": {
+            "gpus": 1,
+            "surge": 0,
+            "nodeSelector": {"gpu": "small"},
+            "args": ["--device=cuda"],
+            "arenaMi": 1 << 20,
+            "sharedMemoryMi": 2 << 20,
+        },
         "pd": {"gpus": 1, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
     },
     "networkPolicy": {

@@ -15,9 +15,9 @@ args:
   {{- if eq .role "encoder" }}
   - --ec-host=$(POD_IP)
   - --ec-port=8100
-  - --ec-max-bytes={{ .of.arenaMi }}MiB
+  - --ec-max-bytes={{ int64 .of.arenaMi }}MiB
   {{- else if not .of.gpus }}
-  - --kv-cache-bytes={{ .of.arenaMi }}MiB
+  - --kv-cache-bytes={{ int64 .of.arenaMi }}MiB
   {{- end }}
   {{- if or (eq .role "prefill") (eq .role "decode") }}
   - --kv-connector=TcpConnector

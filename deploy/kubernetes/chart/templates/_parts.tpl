@@ -25,7 +25,7 @@ enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext:
@@ -58,7 +58,7 @@ securityContext:
 {{- define "chiasm.fleetKeyVolume" -}}
 - name: fleet-key
   secret:
-    secretName: {{ .Values.fleetKeySecret }}
+    secretName: {{ .Values.fleetKeySecret | quote }}
     defaultMode: 0440
 {{- end }}
 

@@ -59,7 +59,7 @@ args:
 {{- define "chiasm.engine.vllm.env" -}}
 - name: CHIASM_FLEET_KEY
   valueFrom:
-    secretKeyRef: {name: {{ .root.Values.fleetKeySecret }}, key: fleet-key}
+    secretKeyRef: {name: {{ .root.Values.fleetKeySecret | quote }}, key: fleet-key}
 - {name: HOME, value: /home/chiasm} # vLLM keeps there what it compiles
 - {name: OMP_NUM_THREADS, value: {{ .of.cpus | quote }}}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
