@@ -154,5 +154,11 @@ def test_what_a_cpu_can_do_is_read_from_the_words_of_linux() -> None:
     assert cores.parse_flags(x86) == {"fpu", "avx2", "avx512_bf16"}
     assert cores.parse_flags("processor : 0\nFeatures : fp asimd bf16\n") == {"fp", "asimd", "bf16"}
     assert cores.parse_flags("") == frozenset()
+
+
+@pytest.mark.parametrize(("said", "vendor"), [("AuthenticAMD", "AMD"), ("GenuineIntel", "Intel"), ("", "")])
+def test_the_vendor_of_a_cpu_is_read(said: str, vendor: str) -> None:
+    assert cores.parse_vendor(f"processor\t: 0\nvendor_id\t: {said}\n\nprocessor\t: 1\nvendor_id\t: Other\n") == vendor
+    assert cores.parse_vendor("processor : 0\nFeatures : fp\n") == ""
     assert cores.has_native_bfloat16({"avx2", "amx_bf16"})
     assert not cores.has_native_bfloat16({"avx2", "avx512f"})

@@ -117,7 +117,7 @@ def test_each_extra_brings_what_it_is_said_to_bring() -> None:
     assert set(extras) - {"dev"} == set(Extra)
     for extra, modules in MODULES.items():
         assert names(extras[extra]) >= {module.replace(".", "-") for module in modules}
-        assert (extra in (Extra.BENCH, Extra.NIXL)) is ("chiasm[engine]" in extras[extra])
+        assert (extra in (Extra.BENCH, Extra.NIXL, Extra.ZEN)) is ("chiasm[engine]" in extras[extra])
     assert names(PROJECT["dependencies"]).isdisjoint(module for modules in MODULES.values() for module in modules)
 
 

@@ -43,10 +43,20 @@ def allowed_cpus() -> set[int]:
 @cache
 def cpu_flags() -> frozenset[str]:
     """Return what this machine's CPU can do, in the words of Linux, such as ``avx2``; empty if the system doesn't tell."""
+    return parse_flags(_cpuinfo())
+
+
+@cache
+def cpu_vendor() -> str:
+    """Return who made this machine's CPU, such as ``AMD``; empty if the system doesn't tell."""
+    return parse_vendor(_cpuinfo())
+
+
+def _cpuinfo() -> str:
     try:
-        return parse_flags(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+        return _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
+        return ""
 
 
 def has_native_bfloat16(flags: Set[str]) -> bool:
@@ -56,11 +66,21 @@ def has_native_bfloat16(flags: Set[str]) -> bool:
 
 def parse_flags(cpuinfo: str) -> frozenset[str]:
     """Return the flags of the first CPU in the text of ``/proc/cpuinfo``; empty if it has none."""
+    return frozenset(_value(cpuinfo, "flags", "Features").split())
+
+
+def parse_vendor(cpuinfo: str) -> str:
+    """Return the vendor of the first CPU in the same text; empty if it has none."""
+    return _value(cpuinfo, "vendor_id").removeprefix("Authentic").removeprefix("Genuine")
+
+
+def _value(cpuinfo: str, *names: str) -> str:
+    """Return the first value of one of these names; empty if there is none."""
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ class Extra(enum.StrEnum):
     """Plots."""
     NIXL = "nixl"
     """NixlConnector."""
+    ZEN = "zen"
+    """ZenDNN, for AMD's CPUs."""
     VLLM = "vllm"
     """vLLM, for its instances; they need the engine, too."""
     OTEL = "otel"
@@ -31,6 +33,7 @@ MODULES: Mapping[Extra, tuple[str, ...]] = {
     Extra.ENGINE: ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy", "xxhash", "llguidance"),
     Extra.BENCH: ("matplotlib",),
     Extra.NIXL: ("nixl",),
+    Extra.ZEN: ("zentorch",),
     Extra.VLLM: ("vllm",),
     Extra.OTEL: ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
 }

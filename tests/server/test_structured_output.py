@@ -101,6 +101,7 @@ def test_what_a_schema_does_not_name_stays_out_unless_it_allows_it(demo: Demo) -
     ("outputs", "pattern"),
     [
         ({"choice": ["yes", 'no "or" é\n']}, r'yes|no "or" é\n'),
+        ({"choice": ["\x7f\x01"]}, "\x7f\x01"),
         ({"regex": r"[a-f]{3}-\d{2}/x"}, r"[a-f]{3}-[0-9]{2}/x"),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 7}}, "[3-7]"),
         ({"json": '{"type": "boolean"}'}, "true|false"),

@@ -36,9 +36,12 @@ from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Out
 from chiasm.engine.request_state import RequestState, hash_tokens
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.step_loop import StepLoop
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, ConfigurationError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
+from chiasm.models.base import LanguageModel
+from chiasm.models.products import MakeProduct, product
+from chiasm.models.zendnn import product_of_zendnn
 from chiasm.wire import ECPlace, Role
 
 logger = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class LanguageEngine(Engine):
         lower_session_priority(config.nice)
         use_threads(config.threads)
         check_memory(config.model, self.device)
-        self._language = load_language(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
+        self._language = self._load_language()
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:
             vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
@@ -152,6 +155,18 @@ class LanguageEngine(Engine):
         )
         self._thread = threading.Thread(target=self._loop.run, name="chiasm-engine", daemon=True)
         self._thread.start()
+
+    def _load_language(self) -> LanguageModel:
+        make: MakeProduct = product
+        if self.config.zendnn:
+            if self.device.type != "cpu":
+                raise ConfigurationError(
+                    f"--zendnn is for CPUs, and this instance computes on {self.device}; leave it out."
+                )
+            make = product_of_zendnn("--zendnn")
+        return load_language(
+            self.config.model, dtype=self.dtype, device=self.device, progress=self.progress, make_product=make
+        )
 
     def _connect_kv(self, config: KVTransferConfig) -> tuple[KVConnector, KVConnector]:
         """Make both halves of the KV connector, scheduler role first."""

@@ -14,7 +14,7 @@ from chiasm.models.checkpoint import open_checkpoint
 from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import as_stored, load_part, model_class
 from chiasm.models.processor import load_processor
-from chiasm.models.products import Product, forget_weight, product
+from chiasm.models.products import MakeProduct, Product, forget_weight, product
 from chiasm.models.support import entry_width, family_of, load_config
 
 if TYPE_CHECKING:
@@ -38,16 +38,23 @@ def load_vision(
 
 
 def load_language(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: LoadProgress | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: LoadProgress | None = None,
+    make_product: MakeProduct = product,
 ) -> LanguageModel:
-    """Load the decoder and head of a checkpoint, and count in ``progress``.
+    """Load the decoder and head of a checkpoint, and count in ``progress``. Its products are made by ``make_product``.
 
     Raises ConfigurationError, UnsupportedModelError.
     """
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
     module = load_part(checkpoint, config, "language", dtype=dtype, device=device, progress=progress)
-    language = TransformersLanguageModel(module, config, family_of(config), entry_width(config), dtype, device)
+    language = TransformersLanguageModel(
+        module, config, family_of(config), entry_width(config), dtype, device, make_product
+    )
     if device.type == "cpu":
         _leave_table_in_file(checkpoint, module)
     return language
@@ -110,6 +117,7 @@ class TransformersLanguageModel(LanguageModel):
         entry_width: int,
         dtype: torch.dtype,
         device: torch.device,
+        make_product: MakeProduct,
     ) -> None:
         """Raises UnsupportedModelError if the decoder has parts that aren't known."""
         text = config.get_text_config()
@@ -128,9 +136,9 @@ class TransformersLanguageModel(LanguageModel):
         self.head_dim = int(decoder.layers[0].self_attn.head_dim)
         self._embed = outer.get_input_embeddings()
         self._rotary = Rotary(decoder.rotary_emb, self.head_dim, dtype)
-        self._layers = take_layers(decoder)
+        self._layers = take_layers(decoder, make_product)
         self._norm = RMSNorm.of(decoder.norm)
-        self._head = _head(outer.get_output_embeddings())
+        self._head = _head(outer.get_output_embeddings(), make_product)
 
     def positions(self, prompt: Prompt) -> Positions:
         return self._family.positions(self._config, prompt)
@@ -165,9 +173,9 @@ class TransformersLanguageModel(LanguageModel):
         return logits if logits.dtype == torch.float32 else logits.float()
 
 
-def _head(head: nn.Linear) -> Product:
+def _head(head: nn.Linear, make: MakeProduct) -> Product:
     """Return the product that makes logits. Tied weights that it packs stay with the table of embeddings."""
-    compute, is_packed = product(head.weight.detach(), head.bias)
+    compute, is_packed = make(head.weight.detach(), head.bias)
     if is_packed:
         forget_weight(head)
     return compute

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from chiasm.errors import UnsupportedModelError
 from chiasm.models.experts import pack_experts
-from chiasm.models.products import Product, product
+from chiasm.models.products import MakeProduct, Product, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,21 +39,22 @@ class Rotation(NamedTuple):
     """``[T, 1, head_dim]``; the first half is negative, as rotating takes the second half from the first."""
 
 
-def take_layers(decoder: nn.Module) -> list[Layer]:
+def take_layers(decoder: nn.Module, make: MakeProduct = product) -> list[Layer]:
     """Replace the layers of a decoder of transformers by those of this module, with the same weights, and return them.
 
+    ``make`` makes their products, but for those of experts.
     Raises UnsupportedModelError if they have parts that are not known here, which would otherwise be left out.
     """
     layers: Any = decoder.layers
     for index, layer in enumerate(layers):
-        layers[index] = Layer(layer, index)
+        layers[index] = Layer(layer, index, make)
     return list(layers)
 
 
 class Layer(nn.Module):
     """One layer. It keeps the modules of transformers, whose weights are parts of the fused ones, under their names."""
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, make: MakeProduct) -> None:
         super().__init__()
         parts = _children(layer)
         _check(layer, parts.keys(), required=_LAYER)
@@ -72,12 +73,12 @@ class Layer(nn.Module):
         self._heads = tuple(rows // self._head_dim for rows in self._rows)
         self._before_attention = RMSNorm.of(self.input_layernorm)
         self._head_norm = self._norm_of_heads() if "q_norm" in norms else None
-        self._qkv = _fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = _fuse(attention.o_proj)
+        self._qkv = _fuse(make, attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = _fuse(make, attention.o_proj)
         self._before_mlp = RMSNorm.of(self.post_attention_layernorm)
         if "experts" in _children(self.mlp):
             pack_experts(self.mlp)
-        self._mlp: Product = _GatedMLP(self.mlp) if "gate_proj" in _children(self.mlp) else self._run_experts
+        self._mlp: Product = _GatedMLP(self.mlp, make) if "gate_proj" in _children(self.mlp) else self._run_experts
 
     def forward(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """Take ``[T, hidden_size]``, which may be overwritten, and return as much."""
@@ -204,19 +205,19 @@ def _axes(module: Any, head_dim: int) -> Tensor:
 class _GatedMLP:
     """``down(act(gate(x)) * up(x))``"""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, make: MakeProduct) -> None:
         _check(mlp, _children(mlp).keys(), required=_MLP)
         self._width = mlp.gate_proj.weight.shape[0]
         self._activate = mlp.act_fn
-        self._gate_up = _fuse(mlp.gate_proj, mlp.up_proj)
-        self._down = _fuse(mlp.down_proj)
+        self._gate_up = _fuse(make, mlp.gate_proj, mlp.up_proj)
+        self._down = _fuse(make, mlp.down_proj)
 
     def __call__(self, rows: Tensor, onto: Tensor | None = None) -> Tensor:
         gate, up = torch.split_with_sizes(self._gate_up(rows), (self._width, self._width), 1)
         return self._down(self._activate(gate).mul_(up), onto)
 
 
-def _fuse(*linears: nn.Linear) -> Product:
+def _fuse(make: MakeProduct, *linears: nn.Linear) -> Product:
     """Return one product for several. The weights of the modules become views of the fused one, or nothing if it is packed."""
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
@@ -226,7 +227,7 @@ def _fuse(*linears: nn.Linear) -> Product:
         )
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-    computed, is_packed = product(weight, bias)
+    computed, is_packed = make(weight, bias)
     rows = [len(part) for part in weights]
     for linear, part in zip(linears, torch.split(weight, rows), strict=True):
         linear.weight = nn.Parameter(weight.new_empty(0) if is_packed else part, requires_grad=False)

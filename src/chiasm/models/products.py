@@ -49,6 +49,12 @@ class Product(Protocol):
         """Take ``[rows, inputs]`` and return ``[rows, outputs]``, added to ``onto``, which may be overwritten."""
 
 
+MakePacked = Callable[["Tensor", "Tensor | None"], Product]
+"""Takes a weight ``[outputs, inputs]`` and a bias, and returns their product in the order of a library."""
+MakeProduct = Callable[["Tensor", "Tensor | None"], tuple[Product, bool]]
+"""What :func:`product` is without a form."""
+
+
 class Form(enum.Enum):
     """How products with a weight are computed."""
 
@@ -80,15 +86,17 @@ def is_kept_packed_only(form: Form, weight: Tensor) -> bool:
     return is_packed_in(form, weight) and (weight.dtype != torch.float32 or weight.numel() >= FEW_MULTIPLICATIONS)
 
 
-def product(weight: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Product, bool]:
+def product(
+    weight: Tensor, bias: Tensor | None, form: Form | None = None, *, pack: MakePacked | None = None
+) -> tuple[Product, bool]:
     """Return the product with ``weight`` ``[outputs, inputs]``, and whether it has no more use for the weight itself.
 
-    Without ``form`` it is the best one.
+    Without ``form`` it is the best one. ``pack`` makes packed products, by default those of oneDNN.
     """
     if form is None:
         form = best_form(weight.dtype, weight.device, cpu_flags())
     if is_packed_in(form, weight):
-        packed = _packed(weight.detach(), bias)
+        packed = (pack or _packed)(weight.detach(), bias)
         if is_kept_packed_only(form, weight):
             return packed, True
         return _plain_or_packed(weight, _plain(weight, bias), packed), False

@@ -216,4 +216,5 @@ def _opening(tools: Tools, function: Function) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """Return a string of the grammar's language: JSON's, but for one character that may not stand there as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
