@@ -1,4 +1,4 @@
-"""Entries in a server that speaks Redis' protocol: Redis 7, Valkey 8 and 9, and what is compatible with them.
+"""Entries in a server that speaks Redis' protocol: Redis 7 and 8, Valkey 8 and 9, and what is compatible with them.
 
 An entry has the keys ``chiasm:ec:1:FINGERPRINT:IDENTIFIER`` for its header, and for each chunk the same with ``:N:CHECKSUM``.
 The identifier is made with the tenant's salt, so tenants share no key. The server evicts: its ``maxmemory-policy`` says what
