@@ -36,6 +36,7 @@ class SimpleCosts(CostModel):
     prepare: float = 0.0
     move: float = 0.0
     request: float = 0.0
+    token: float = 0.0
 
     def step_seconds(self, step: StepShape, threads: int) -> float:
         return (self.step + self.row * step.rows) / threads
@@ -55,6 +56,10 @@ class SimpleCosts(CostModel):
     @property
     def request_seconds(self) -> float:
         return self.request
+
+    @property
+    def token_seconds(self) -> float:
+        return self.token
 
 
 def asked(

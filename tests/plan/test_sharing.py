@@ -38,6 +38,24 @@ def test_work_takes_no_more_threads_than_it_has() -> None:
     assert ends(device) == [2.0]
 
 
+def test_what_serves_takes_no_core_from_the_count_and_half_of_one_from_a_thread() -> None:
+    """Two threads go on, and one of them shares its core: the work is as slow as that one."""
+    device = SharedDevice(2)
+    step, serving = work(2.0), work(0.5, threads=1, stage=Stage.SERVE)
+    device.start(step, 0.0)
+    device.start(serving, 0.0)
+    found = finished(device)
+    assert [one for one, _ in found] == [serving, step]
+    assert [when for _, when in found] == [pytest.approx(0.75), pytest.approx(1.375)]
+
+
+def test_what_serves_has_a_core_beside_work_on_one() -> None:
+    device = SharedDevice(2)
+    device.start(work(1.0, threads=1), 0.0)
+    device.start(work(0.5, threads=1, stage=Stage.SERVE), 0.0)
+    assert ends(device) == [0.5, 1.0]
+
+
 def test_two_share_the_cores_and_the_rest_has_all_again() -> None:
     device = SharedDevice(2)
     device.start(work(1.0), 0.0)

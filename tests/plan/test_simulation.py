@@ -64,6 +64,21 @@ def test_the_second_image_is_encoded_while_the_first_is_prefilled() -> None:
     assert outcome.first_token == pytest.approx(3 * 0.2 + 0.01 + (IMAGE_TOKENS + 16) * 0.001)
 
 
+def test_what_serves_requests_takes_cores_from_what_computes() -> None:
+    """Ten requests at once take a tenth of a second of a core before they are queued, and the first of them computes then."""
+    serving = SimpleCosts(request=0.01)
+    first = [simulate(SPLIT, [asked(images=1), *[asked()] * n], costs=serving).outcomes[0].first_token for n in (0, 9)]
+    without = [simulate(SPLIT, [asked(images=1), *[asked()] * n]).outcomes[0].first_token for n in (0, 9)]
+    assert first[0] == pytest.approx(without[0])
+    assert (first[1] or 0) > (without[1] or 0)
+
+
+def test_tokens_that_are_sent_take_cores_too() -> None:
+    ends = [simulate(AGGREGATED, [asked(answer=40)] * 8, costs=SimpleCosts(token=token)) for token in (0.0, 0.005)]
+    assert ends[1].outcomes[-1].end > ends[0].outcomes[-1].end  # type: ignore[operator]
+    assert ends[1].busy[Stage.SERVE] * ends[1].seconds * 2 == pytest.approx(8 * 40 * 0.005)
+
+
 def test_p_and_d_apart_hand_over_after_the_first_token() -> None:
     costs = SimpleCosts(move=0.5)
     (outcome,) = simulate(apart(), [asked(answer=3)], costs=costs).outcomes

@@ -101,7 +101,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
             f"{one.ttft_seconds * 1000:.0f}",
             f"{one.tpot_seconds * 1000:.1f}",
             f"{one.device_seconds:.0f}" if one.device_seconds else "",
-            " ".join(f"{100 * one.busy[stage]:.0f}" for stage in Stage) + " %",
+            " ".join(f"{100 * one.busy[stage]:.0f}" for stage in _SHOWN) + " %",
             one.limited_by,
         )
     console.print(table)
@@ -115,6 +115,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         console.print(Text(f"  {plan.command}"), soft_wrap=True)
 
 
+_SHOWN = (Stage.ENCODE, Stage.PREFILL, Stage.DECODE)
 _LETTERS = {Role.ENCODER: "E", Role.PREFILL: "P", Role.DECODE: "D", Role.PD: "PD", Role.AGGREGATED: "EPD"}
 
 

@@ -1,8 +1,11 @@
 """How the work on one device shares it: each piece has a speed that depends on what else runs there.
 
 CPU: a thread that computes takes an even part of the cores, and at least one, as ``engine/core_sharing.py`` has it; when
-there are more threads than cores, the kernel divides them by weight. GPU: one core, so processes take turns, evenly; inside one
-process, an encoder's stream of lower priority gives way to the engine's steps.
+there are more threads than cores, the kernel divides them by weight. What serves requests shows itself to nobody, so one thread
+of work on several cores may have to share its core with it, and the work is as slow as that thread.
+
+GPU: one core, so processes take turns, evenly; inside one process, an encoder's stream of lower priority gives way to the
+engine's steps.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class Stage(enum.StrEnum):
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
+    SERVE = "serve"
+    """HTTP, the proxy, tokenizing, sending tokens."""
 
 
 @dataclass(eq=False)
@@ -97,18 +102,21 @@ class SharedDevice:
         if not self._changed:
             return
         self._changed = False
-        part, rest = divmod(self.cores, len(self.working))
+        computing = [work for work in self.working if work.stage is not Stage.SERVE]
+        part, rest = divmod(self.cores, max(1, len(computing)))
+        most = {work: max(1, part + (place < rest)) for place, work in enumerate(computing)}
         threads = [
-            min(work.max_threads, max(1, part + (place < rest))) if work.adapts else work.max_threads
-            for place, work in enumerate(self.working)
+            min(work.max_threads, most.get(work, 1)) if work.adapts else work.max_threads for work in self.working
         ]
+        slowest = 1 / -(-sum(threads) // self.cores)
         shares = _shares(self.cores, [work.weight for work in self.working], threads)
         busy = sum(shares)
         for work, count, share in zip(self.working, threads, shares, strict=True):
             others = (busy - share) / (self.cores - count) if self.cores > count else 0.0
             slower = 1 + (self.busy_factor - 1) * min(1.0, others)
+            of_thread = share / count if count == 1 else min(share / count, slowest)
             work.share = share
-            work.speed = share / (count * max(work.seconds(count), 1e-9) * slower)
+            work.speed = of_thread / (max(work.seconds(count), 1e-9) * slower)
 
 
 def _shares(cores: int, weights: Sequence[float], threads: Sequence[int]) -> list[float]:

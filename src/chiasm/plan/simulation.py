@@ -194,8 +194,17 @@ class Simulation:
             self._give_up_at(request, self._events.now + PATIENCE * request.limits.ttft_seconds, unless_begun=True)
         if not placing.encodes_itself:
             self._ask_encoders(request, placing)
-        self._events.after(self._servers[placing.server].costs.request_seconds, lambda: self._admit(request))
+        server = self._servers[placing.server]
+        self._serve(server, server.costs.request_seconds, lambda: self._admit(request))
         self._feed()
+
+    def _serve(self, server: _Server, seconds: float, done: Callable[[], None] = lambda: None) -> None:
+        """Do what one core of the machine has to do for requests or tokens."""
+        if seconds:
+            device = self._host if self._on_gpus else server.device
+            self._events.begin(device, Work(lambda threads: seconds, done, Stage.SERVE))
+        else:
+            self._events.after(0.0, done)
 
     def _admit(self, request: _Request) -> None:
         """Bring the request to its language instance."""
@@ -373,6 +382,8 @@ class Simulation:
         for name, of_prompt in outcome.prompt_seconds.items():
             if name in self._requests:
                 self._requests[name].work_seconds += of_prompt
+        if outcome.tokens:
+            self._serve(server, len(outcome.tokens) * server.costs.token_seconds)
         for name in outcome.tokens:
             self._token(self._requests[name])
         for name in outcome.ended:

@@ -60,6 +60,10 @@ class Adjusted(CostModel):
         return self._speed.request_seconds
 
     @property
+    def token_seconds(self) -> float:
+        return self._costs.token_seconds
+
+    @property
     def busy_factor(self) -> float:
         return self._costs.busy_factor
 
