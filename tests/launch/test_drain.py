@@ -164,3 +164,31 @@ async def test_an_instance_that_refuses_to_answer_has_not_ended(place: Place) ->
         assert not ended.done()
         ended.cancel()
         assert not await drain.ended(STATE, 0.0)
+
+
+async def test_an_answer_that_arrives_in_pieces_is_read_whole() -> None:
+    """As from another machine: a page that says what work costs is larger than a packet."""
+    looked = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        body = msgspec.json.encode(STATE if request.startswith(b"POST") else Health(incarnation="first"))
+        writer.write(b"HTTP/1.1 202 Accepted\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
+        for place in range(len(body)):
+            writer.write(body[place : place + 1])
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.close()
+        if request.startswith(b"GET"):
+            looked.set()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with Drain(url) as drain:
+            assert await drain.begin() == STATE
+            ended = asyncio.create_task(drain.ended(STATE, 60))
+            for _ in range(2):
+                await looked.wait()
+                looked.clear()
+            assert not ended.done()
+            ended.cancel()
