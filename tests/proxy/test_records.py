@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -269,6 +270,24 @@ async def test_every_request_has_a_record(start: Start, images: Images) -> None:
     assert (await front.get("/requests/unknown")).status == 404
     assert (await front.get("/requests?limit=0")).error["param"] == "limit"
     assert (await front.get("/requests?order=x")).error["param"] == "order"
+
+
+@pytest.mark.parametrize("path", ["/requests", "/requests/r", "/requests/r/trace.json"])
+async def test_looking_at_records_holds_up_no_requests(start: Start, path: str) -> None:
+    front = await start([FakeInstance("pd")])
+    begun, others_were_answered = threading.Event(), threading.Event()
+
+    def summed() -> dict[str, float]:
+        begun.set()
+        return {"were_answered": float(others_were_answered.wait(5))}
+
+    front.service.records.keep(dataclasses.replace(record_of_one_image(), stages=summed))
+    looking = asyncio.create_task(front.get(path))
+    await asyncio.to_thread(begun.wait, 60)
+    assert (await front.post(ask("hello"))).status == 200
+    assert not looking.done()
+    others_were_answered.set()
+    assert (await looking).status == 200
 
 
 async def test_an_image_that_was_encoded_again_has_a_record_too(start: Start) -> None:

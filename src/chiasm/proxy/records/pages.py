@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import chain, islice
@@ -25,6 +26,7 @@ from chiasm.errors import InvalidRequestError, PathNotFoundError
 from chiasm.http import json_response
 from chiasm.http.admin import AdminCheck
 from chiasm.proxy.records.info import RecordInfo, info_of
+from chiasm.proxy.records.record import Record
 from chiasm.proxy.records.ring import KEPT, Records
 from chiasm.proxy.records.trace_file import trace_of
 from chiasm.proxy.siblings import Siblings, is_from_sibling
@@ -83,15 +85,11 @@ def record_routes(records: Records, admin: AdminCheck, siblings: Siblings | None
         own = records.last() if question.order == "last" else records.slowest()
         if question.id is not None:
             own = records.named(question.id)
-        answer = RecordList(now=time.time(), requests=[info_of(one) for one in islice(own, question.limit)])
-        if siblings is None or is_from_sibling(scope):
-            return answer
-        pages = await siblings.pages(scope, question.path)
-        told = {number: _read(number, page) for number, page in pages.items()}
-        lists = [answer, *(one for one in told.values() if one is not None)]
-        answer.requests = question.sorted(chain.from_iterable(one.requests for one in lists))
-        answer.silent_workers = sorted(number for number, one in told.items() if one is None)
-        return answer
+        kept = list(islice(own, question.limit))
+        pages: dict[int, bytes | None] = {}
+        if siblings is not None and not is_from_sibling(scope):
+            pages = await siblings.pages(scope, question.path)
+        return await asyncio.to_thread(_assembled, question, kept, pages)  # it may take seconds
 
     async def found_one(request: Request) -> RecordInfo:
         """Return the newest record of the id in the path."""
@@ -103,17 +101,20 @@ def record_routes(records: Records, admin: AdminCheck, siblings: Siblings | None
                 return answer.requests[0]
         raise _no_record(name, [] if answer is None else answer.silent_workers)
 
+    async def shown(content: object) -> Response:
+        return _unkept(await asyncio.to_thread(json_response, content))
+
     async def show_list(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        return _unkept(json_response(await found(_question(request.query_params), request.scope)))
+        return await shown(await found(_question(request.query_params), request.scope))
 
     async def show_one(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        return _unkept(json_response(await found_one(request)))
+        return await shown(await found_one(request))
 
     async def show_trace(request: Request) -> Response:
         admin.check_may_see(request.scope)
-        return _unkept(json_response(trace_of(await found_one(request))))
+        return await shown(trace_of(await found_one(request)))
 
     async def show_dashboard(request: Request) -> Response:
         # With an admin key the page is for everybody: it has no data, and asks for the key with which it gets some.
@@ -145,6 +146,17 @@ def dashboard() -> tuple[str, str]:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _assembled(question: _Question, own: Sequence[Record], pages: Mapping[int, bytes | None]) -> RecordList:
+    """Return what the operator sees of the records of this worker and of those that others tell."""
+    answer = RecordList(now=time.time(), requests=[info_of(one) for one in own])
+    if pages:
+        told = {number: _read(number, page) for number, page in pages.items()}
+        lists = [answer, *(one for one in told.values() if one is not None)]
+        answer.requests = question.sorted(chain.from_iterable(one.requests for one in lists))
+        answer.silent_workers = sorted(number for number, one in told.items() if one is None)
+    return answer
 
 
 def _read(number: int, page: bytes | None) -> RecordList | None:
