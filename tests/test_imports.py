@@ -13,7 +13,7 @@ import chiasm
 
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
-    {"__init__", "errors", "wire", "findings", "heap", "ownership", "prometheus", "checkpoints", "lazy"},
+    {"__init__", "errors", "wire", "findings", "heap", "memory", "ownership", "prometheus", "checkpoints", "lazy"},
     {"extras", "options"},
     {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},

@@ -40,20 +40,6 @@ def test_caches_larger_than_the_rest_of_the_memory_are_warned_about() -> None:
     assert verdicts(machine.memory(8 * GIB, Need(4 * GIB, 3 * GIB))) == ["ok"]
 
 
-def test_the_free_memory_is_positive() -> None:
-    assert machine.available_memory() > 0
-
-
-def test_a_container_limits_the_memory(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert machine.free_in_container(tmp_path) == 450
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.free_in_container(tmp_path) is None
-    assert machine.free_in_container(tmp_path / "none") is None
-
-
 def test_missing_shared_memory_is_skipped(tmp_path: Path) -> None:
     assert verdicts(machine.shared_memory(tmp_path / "none")) == ["skipped"]
 

@@ -173,6 +173,13 @@ def test_weights_of_16_bits_take_twice_their_size_on_a_cpu(tmp_path: Path) -> No
     assert arrangement.weights_bytes(in_half, tmp_path, in_float32=True) == 10
 
 
+def test_weights_that_are_missing_are_left_to_what_loads_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-1.safetensors").write_bytes(bytes(10))
+    (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")  # as in the cache of the hub
+    assert arrangement.weights_bytes(DeploymentConfig("demo"), tmp_path, in_float32=False) == 10
+
+
 def test_over_vllm_an_encoder_and_a_pd_may_each_use_all_cores(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

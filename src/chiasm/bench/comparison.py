@@ -30,6 +30,8 @@ from chiasm.bench.traffic import LEAST_REQUESTS, LONGEST_SECONDS, Arrival, Shape
 from chiasm.bench.trial import Prepared, prepare
 from chiasm.errors import ConfigurationError
 from chiasm.launch.config import EngineKind
+from chiasm.memory import free_memory
+from chiasm.models.checkpoint import stored_bytes
 
 _ROUNDS, _QUICK_ROUNDS = 10, 3
 _UNLOADED_ROUNDS, _QUICK_UNLOADED_ROUNDS = 5, 3
@@ -116,15 +118,12 @@ class Comparison:
 
     def _fit_together(self) -> bool:
         """Tell whether all deployments can run at the same time: on CPU, if there is memory for all."""
-        import psutil
-
         if any(arm.on_gpus for arm in self._arms):
             return False
-        folder = Path(self._model)
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        weights = stored_bytes(Path(self._model))
         instances = sum(arm.instances for arm in self._arms)
         need = instances * (2 * weights + _INSTANCE_BYTES[self._engine])
-        return need < int(psutil.virtual_memory().available)
+        return need < free_memory()
 
     # ---- alone --------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,6 @@ _LEAST_OPEN_FILES = 4096
 """Two for each of a thousand requests, and as many for embeddings that are mapped."""
 _LEAST_CAPABILITY = 7.5
 """Of a GPU, for vLLM."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def version_of(package: str) -> str:
@@ -130,28 +129,6 @@ def memory(available_bytes: int, need: Need | None = None) -> Iterator[Result]:
         )
     else:
         yield MEMORY.ok(says)
-
-
-def available_memory() -> int:
-    """Return the bytes that are free on the machine, or in this container if that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    in_container = free_in_container(_CGROUP)
-    return free if in_container is None else min(free, in_container)
-
-
-def free_in_container(cgroup: Path) -> int | None:
-    """Return the bytes that a Linux control group still allows, pages of files counted as free; None without a limit."""
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((cgroup / "memory.current").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return None
 
 
 def shared_memory(folder: Path = SHARED_MEMORY, *, is_planned: bool = True) -> Iterator[Result]:

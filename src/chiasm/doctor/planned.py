@@ -22,6 +22,7 @@ from chiasm.launch.layout import Layout
 from chiasm.launch.plan import LOOPBACK, Surroundings, plan_instances, plan_proxy
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.vllm import default_kv_bytes
+from chiasm.memory import free_memory
 from chiasm.wire import Role
 
 _PLAN = Check("plan")
@@ -41,7 +42,7 @@ def examine_machine(store_url: str = "") -> Iterator[Result]:
     yield from machine.versions(is_planned=False)
     yield from machine.vllm(is_planned=False)
     yield from machine.cores()
-    yield from machine.memory(machine.available_memory())
+    yield from machine.memory(free_memory())
     yield from machine.shared_memory(is_planned=False)
     yield from machine.open_files()
     yield from _gpus(for_vllm=bool(machine.version_of("vllm")))[1]
@@ -190,7 +191,7 @@ def _places(
     if tenants:
         yield from machine.gpu_memory(gpus, tenants)
         return
-    available_bytes = machine.available_memory()
+    available_bytes = free_memory()
     count = sum(config.count(role) for role in config.roles)
     kv_bytes = config.settings.get("kv_cache_bytes")
     if kv_bytes is None:

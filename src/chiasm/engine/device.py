@@ -8,14 +8,14 @@ from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from chiasm.cores import allowed_cpus, cpu_flags, has_native_bfloat16
 from chiasm.engine.attention import KVCache
 from chiasm.engine.config import DTYPES
 from chiasm.errors import ConfigurationError
-from chiasm.models.checkpoint import read_json, stored_dtype
+from chiasm.memory import free_memory
+from chiasm.models.checkpoint import read_json, stored_bytes, stored_dtype
 
 if TYPE_CHECKING:
     from chiasm.engine.config import EngineConfig
@@ -89,8 +89,8 @@ def use_threads(count: int | None) -> None:
 
 def check_memory(model: Path, device: torch.device) -> None:
     """Raise ConfigurationError if the checkpoint is clearly larger than the free memory."""
-    needed = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    needed = stored_bytes(model)
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise ConfigurationError(
             f"{model} has {needed / 2**30:.1f} GiB of weights, but only {free / 2**30:.1f} GiB of memory is free on {device}."
@@ -107,7 +107,7 @@ def kv_cache_blocks(config: EngineConfig, language: LanguageModel, max_model_len
     total_bytes = config.kv_cache_bytes
     if total_bytes is None:
         if language.device.type == "cpu":
-            free = psutil.virtual_memory().available
+            free = free_memory()
             total_bytes = min(int(free * KV_CACHE_SHARE["cpu"]), CPU_KV_CACHE_BYTES)
         else:
             free = torch.cuda.mem_get_info(language.device)[0]

@@ -15,7 +15,8 @@ from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.devices import Placements, check_names, found_gpus, place, with_shares
 from chiasm.launch.gpus import Gpu
 from chiasm.launch.layout import Layout, cpu_pairs, in_words
-from chiasm.models.checkpoint import config_if_readable, stored_dtype
+from chiasm.memory import free_memory
+from chiasm.models.checkpoint import config_if_readable, stored_bytes, stored_dtype
 from chiasm.wire import Role
 
 _LANGUAGE_SHARE = 0.6
@@ -114,7 +115,7 @@ def one_of_each(config: DeploymentConfig) -> DeploymentConfig:
 
 def weights_bytes(config: DeploymentConfig, folder: Path, *, in_float32: bool) -> int:
     """Return the size of a checkpoint's weights in memory; ``in_float32`` says what the dtype ``auto`` is."""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = stored_bytes(folder)
     stored = stored_dtype(config_if_readable(folder))
     wanted = config.settings.get("dtype", "auto")
     widens = wanted == "float32" or (wanted == "auto" and in_float32)
@@ -271,9 +272,7 @@ def _default_counts(
     fewest = min(device.cores for device in devices)
     if not fewest or config.engine is EngineKind.VLLM:  # vLLM's threads don't make way for others
         return {Role.ENCODER: 1, Role.PD: 1}
-    import psutil
-
-    pairs = cpu_pairs(fewest, int(psutil.virtual_memory().available) // len(devices), model_bytes)
+    pairs = cpu_pairs(fewest, free_memory() // len(devices), model_bytes)
     return {Role.ENCODER: pairs, Role.PD: pairs}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from chiasm.errors import ConfigurationError
+from chiasm.memory import free_memory
 
 SHARED_MEMORY = Path("/dev/shm")
 DEFAULT_MAX_BYTES = 4 << 30
@@ -78,9 +79,7 @@ class StorageFolder(LockedFolder):
 
 def memory_for_embeddings(num_encoders: int) -> int:
     """Return how much memory each encoder of this machine takes for embeddings: together a quarter of what is free."""
-    import psutil
-
-    share = int(psutil.virtual_memory().available) // 4 // max(1, num_encoders)
+    share = free_memory() // 4 // max(1, num_encoders)
     return min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, share))
 
 
@@ -141,11 +140,9 @@ def _has_room(folder: Path, num_bytes: int) -> bool:
 
 def _fair_share(path: Path) -> int:
     """Return half of the room; in memory, which instances need more urgently, at most a quarter of what is free."""
-    import psutil
-
     share = _free_bytes(path) // 2
     in_memory = path.is_relative_to(SHARED_MEMORY)
-    return min(share, int(psutil.virtual_memory().available) // 4) if in_memory else share
+    return min(share, free_memory() // 4) if in_memory else share
 
 
 def _free_bytes(path: Path) -> int:

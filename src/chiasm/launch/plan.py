@@ -14,6 +14,7 @@ from chiasm.launch.config import DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placement, Placements, mps_runs
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.process import KV_ROLES, instance_process, proxy_process, to_json
+from chiasm.memory import free_memory
 from chiasm.wire import Role
 
 PROXY = "proxy"
@@ -187,14 +188,12 @@ def _vllm(
     address: HeldPort,
     side_channel: HeldPort | None,
 ) -> tuple[list[str], dict[str, str]]:
-    import psutil
-
     turn = None
     if placement.shared and surroundings.scratch is not None:
         # vLLM measures what is free on its devices while it starts, so those that share one start one after the other.
         turn = surroundings.scratch / f"turn-{placement.devices[0]}"
     site = vllm.Site(address, placement, surroundings.storage, surroundings.ec_max_bytes, side_channel, turn)
     found = vllm.installed()
-    kv_bytes = vllm.default_kv_bytes(config, int(psutil.virtual_memory().available))
+    kv_bytes = vllm.default_kv_bytes(config, free_memory())
     command = vllm.instance_command(config, folder, role, site, found=found, kv_bytes=kv_bytes)
     return command, vllm.instance_environment(config, role, site, found=found)

@@ -106,6 +106,11 @@ def config_if_readable(folder: Path) -> JsonObject:
         return {}
 
 
+def stored_bytes(folder: Path) -> int:
+    """Return the size of the weights in a folder, as far as they are here; what loads them reports files that are missing."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+
+
 def stored_dtype(config: JsonObject) -> str | None:
     """Return the name of the weights' dtype, such as ``bfloat16``; None if ``config.json`` doesn't say."""
     for part in (config, config.get("text_config")):

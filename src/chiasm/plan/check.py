@@ -15,6 +15,7 @@ from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, R
 from chiasm.bench.traffic import MIXES
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import cpu_pairs
+from chiasm.memory import free_memory
 from chiasm.plan.costs import CostModel
 from chiasm.plan.devices import Cpu, Device
 from chiasm.plan.layouts import (
@@ -22,7 +23,6 @@ from chiasm.plan.layouts import (
     Place,
     aggregated_on_cpu,
     colocated_on_cpu,
-    free_memory,
     places_of,
     split_on_cpu,
 )

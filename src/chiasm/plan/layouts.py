@@ -10,6 +10,7 @@ from chiasm.cores import show_cpus
 from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.launch.layout import Layout, even_shares, in_words
+from chiasm.memory import free_memory
 from chiasm.plan.devices import Cpu, Device, Gpu
 from chiasm.plan.language import LanguageLimits
 from chiasm.plan.shapes import ModelShape
@@ -298,13 +299,6 @@ def _language_limits(place: Place, shape: ModelShape, room: float, longest_token
         encoder_cache_bytes=EngineConfig.encoder_cache_bytes,
         entry_bytes_per_row=shape.entry_bytes_per_row,
     )
-
-
-def free_memory() -> int:
-    """Return how many bytes of this machine's memory are free."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def fitting(

@@ -15,6 +15,7 @@ from chiasm.bench.requests import Texts, stream
 from chiasm.bench.statistics import median, median_of, paired_ratio
 from chiasm.bench.topology import NIXL, NO_NIXL, SHARED_MEMORY, kv_connectors, prefill_and_decode, running
 from chiasm.errors import ChiasmError
+from chiasm.memory import free_memory
 from chiasm.prometheus import total
 from chiasm.wire import Role
 
@@ -107,9 +108,7 @@ async def _transfer(bench: Bench, connector: str, outcome: Outcome) -> None:
 
 def _has_room(size_bytes: int) -> bool:
     """Tell whether two caches of that size and the memory that memcpy reads fit, with some to spare."""
-    import psutil
-
-    return int(psutil.virtual_memory().available) > 4 * size_bytes
+    return free_memory() > 4 * size_bytes
 
 
 async def _hand_over(bench: Bench, connector: str, outcome: Outcome) -> None:
