@@ -13,7 +13,19 @@ import chiasm
 
 SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
-    {"__init__", "errors", "wire", "findings", "heap", "memory", "ownership", "prometheus", "checkpoints", "lazy"},
+    {
+        "__init__",
+        "errors",
+        "wire",
+        "findings",
+        "heap",
+        "memory",
+        "ownership",
+        "prometheus",
+        "checkpoints",
+        "lazy",
+        "yaml_text",
+    },
     {"extras", "options"},
     {"connectors", "cores", "due", "chat_body", "fleet_key"},
     {"http"},

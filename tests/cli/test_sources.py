@@ -80,7 +80,12 @@ def test_model_role_and_more_arguments_can_be_there_too(tmp_path: Path) -> None:
     [
         ("max_itmes: 3", "has no option 'max_itmes'; did you mean max_items?"),
         ("config: x", "has no option 'config'"),
-        ("port: [1]\nport: 2\nmax-items: 1\nmax_items: 1", "max_items twice"),
+        ("max-items: 1\nmax_items: 1", "max_items twice"),
+        (
+            "pd: http://a\nport: 1\npd: http://b",
+            "'pd' is there twice, again at line 3, column 1; several values go into one list",
+        ),
+        ("allowed_origins: [{a: 1, a: 2}]", "'a' is there twice"),
         ("port: many", "port: 'many' is not an integer"),
         ("port:", "port: has no value"),
         ("allow_credentials: 1", "allow_credentials: must be true or false"),
@@ -95,6 +100,14 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, text: str, message: st
     with pytest.raises(ConfigurationError, match=r"^--config: .*options\.yaml") as refusal:
         parse(proxy.parser(), tmp_path, text)
     assert message in refusal.value.message
+
+
+def test_a_file_may_use_what_it_has_named_and_replace_parts_of_it(tmp_path: Path) -> None:
+    file = (
+        "connector_extra_config: &a {depth: 3, width: 4}\nkv_connector_extra_config: {<<: *a, depth: 5}\nmodel: demo\n"
+    )
+    found = parse(serve.parser(), tmp_path, file)
+    assert found["kv_connector_extra_config"] == {"depth": 5, "width": 4}
 
 
 def test_a_file_that_is_missing_is_named() -> None:

@@ -48,6 +48,8 @@ keys:
         (" []", "holds no key"),
         (f"- {{key: {FIRST}", "not valid YAML, at line"),
         (f"- {{key: {FIRST}, name: 2026-11-31}}", "not valid YAML"),
+        (f"- {{key: {FIRST}}}\nkeys:\n- {{key: {SECOND}}}", "not valid YAML, at line 3"),
+        (f"- {{key: {FIRST}, tenant: a, tenant: b}}", "not valid YAML, at line 2"),
     ],
 )
 def test_what_is_wrong_is_named_and_no_key_is_shown(tmp_path: Path, entries: str, message: str) -> None:

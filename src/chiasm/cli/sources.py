@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from chiasm.errors import ConfigurationError
 from chiasm.wire import UNREADABLE_YAML
+from chiasm.yaml_text import read_yaml
 
 VARIABLE_PREFIX = "CHIASM_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -29,7 +28,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises ConfigurationError.
     """
     try:
-        members = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any] | None) or {}
+        members = read_yaml(path.read_bytes(), dict[str, Any] | None) or {}
     except OSError as error:
         raise ConfigurationError(f"--config: {path} cannot be read: {error.strerror}.") from None
     except UNREADABLE_YAML as error:

@@ -24,6 +24,7 @@ import msgspec
 from chiasm.errors import ConfigurationError
 from chiasm.http.key_rules import check_key, read_private_text
 from chiasm.wire import UNREADABLE_YAML
+from chiasm.yaml_text import read_yaml
 
 MAX_KEYS = 10_000
 MAX_REQUESTS_PER_MINUTE = 100_000
@@ -76,7 +77,7 @@ def read_api_keys(path: Path) -> list[ApiKey]:
 
 def _of_yaml(path: Path, text: str) -> list[ApiKey]:
     try:
-        entries = msgspec.yaml.decode(text, type=_File).keys
+        entries: list[_Entry] = read_yaml(text, _File).keys
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{_OPTION}: {path}: {error}.") from None
     except UNREADABLE_YAML as error:  # it may quote a key

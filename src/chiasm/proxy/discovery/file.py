@@ -13,6 +13,7 @@ from chiasm.http.listen import check_instance_url
 from chiasm.http.watch import FileWatch
 from chiasm.proxy.discovery.base import MAX_LISTED, Found, Source, Tell
 from chiasm.wire import UNREADABLE_YAML, Role
+from chiasm.yaml_text import read_yaml
 
 _log = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 20
@@ -75,5 +76,6 @@ def read_instances(path: Path) -> list[Found]:
 
 def _decode(path: Path, content: bytes) -> list[_Entry]:
     if path.suffix in (".yaml", ".yml"):
-        return msgspec.yaml.decode(content, type=list[_Entry])
+        entries: list[_Entry] = read_yaml(content, list[_Entry])
+        return entries
     return msgspec.json.decode(content, type=list[_Entry])
