@@ -104,3 +104,12 @@ def test_absurd_numbers_are_refused(kind: type, text: str) -> None:
     parser.add_option(option("number", kind, "A number."))
     with pytest.raises(ConfigurationError, match="--number"):
         parser.parse(["--number", text])
+
+
+@pytest.mark.parametrize("option", ["--api-key-file", "--allowed-local-media-path"])
+def test_an_empty_path_is_refused(option: str) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    with pytest.raises(ConfigurationError, match=f"{option}: the path is empty"):
+        proxy.parser().parse([option, ""], {})
+    with pytest.raises(ConfigurationError, match="in the environment: the path is empty"):
+        proxy.parser().parse([], {f"CHIASM_{name.upper()}": ""})

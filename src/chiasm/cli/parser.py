@@ -275,6 +275,12 @@ def _parse_number(text: str, *, kind: Callable[[str], float], low: float, high: 
     raise _wrong(f"{_shown(text)} is not {'an integer' if kind is int else 'a number'}{bounds}")
 
 
+def _parse_path(text: str) -> Path:
+    if not text:  # it would be the folder that one is in
+        raise _wrong("the path is empty; give one, or leave the option out")
+    return Path(text)
+
+
 def _parse_range(text: str) -> tuple[int, int]:
     """Return the ends of ``1..4``; both ends of ``3`` are 3."""
     match = _RANGE.fullmatch(text.strip())
@@ -310,7 +316,7 @@ def _reader(named: NamedOption) -> Callable[[str], Any]:
         low = -_MAX_NUMBER if option.min is None else option.min
         high = _MAX_NUMBER if option.max is None else option.max
         return functools.partial(_parse_number, kind=kind, low=low, high=high)
-    return Path if kind is Path else str
+    return _parse_path if kind is Path else str
 
 
 def _is_repeated(named: NamedOption) -> bool:
