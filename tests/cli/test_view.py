@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import io
 import os
 import pty
@@ -101,8 +103,39 @@ def test_a_full_pipe_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     showing.join(60)
     assert not showing.is_alive()
     os.close(reader)  # or closing the other end would wait for ever
+    _until_all_is_written()
     with contextlib.suppress(BrokenPipeError):
         full.close()
+
+
+class Disk(io.StringIO):
+    """A file on a disk that has no room for some lines."""
+
+    def __init__(self, *refused: str) -> None:
+        super().__init__()
+        self._refused = refused
+
+    def write(self, text: str) -> int:
+        if text in self._refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(text)
+
+
+def test_lines_are_written_again_when_a_full_disk_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk("[pd-0] two")
+    monkeypatch.setattr(sys, "stderr", disk)
+    with View() as view:
+        for line in ("one", "two", "three"):
+            view.line("pd-0", line)
+    _until_all_is_written()
+    assert [line for line in disk.getvalue().splitlines() if line] == ["[pd-0] one", "[pd-0] three"]
+
+
+def test_an_address_is_no_markup() -> None:
+    shown = io.StringIO()
+    away = dataclasses.replace(PD, url="http://[fd00::1]:8000")
+    Console(file=shown, width=120).print(_table([away], 120))
+    assert away.url in shown.getvalue()
 
 
 def _until_all_is_written() -> None:

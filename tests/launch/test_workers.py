@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +16,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from chiasm.launch.workers import _pass_on as workers_log
 from chiasm.wire import MEMBERS_PATH, WORKER_HEADER
 from tests.cli.running import Running, run
 from tests.launch.waiting import alive, command_line, eventually
@@ -180,3 +183,11 @@ def test_sigterm_ends_all_of_them(running: Running) -> None:
     assert running.process.wait(60) == 0
     assert not alive(children)
     assert running.stdout == f"ready {running.wait_ready()}\n"
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full, open("/dev/full", "w", buffering=1) as disk:
+        full.setattr(sys, "stderr", disk)
+        workers_log("worker-0", "one")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), disk.fileno())
+        workers_log("worker-0", "two")

@@ -23,8 +23,9 @@ def run(settings: Mapping[str, Any]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("name", "folder")
     for name, folder in folders.items():
-        table.add_row(name, str(folder))
+        table.add_row(name, Text(str(folder)))
     Console().print(table)

@@ -41,6 +41,7 @@ class View:
     def __init__(self) -> None:
         self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(_LINES_WAITING)
         self._dropped = 0
+        self._is_closed = False
         self._processes: Callable[[], Sequence[ProcessStatus]] = tuple
         self._live: Live | None = None
         self._thread = threading.Thread(target=self._write_all, name="chiasm-view", daemon=True)
@@ -61,6 +62,7 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._is_closed = True
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=_CLOSE_SECONDS)
         self._thread.join(_CLOSE_SECONDS)
@@ -98,22 +100,28 @@ class View:
     # ---- in its thread ------------------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads standard error anymore
-            while True:
-                try:
-                    action = self._waiting.get(timeout=_REFRESH_SECONDS)
-                except queue.Empty:
-                    self._refresh()
-                    continue
-                if action is None:
+        while True:
+            try:
+                action = self._waiting.get(timeout=_REFRESH_SECONDS)
+            except queue.Empty:
+                if self._is_closed:
                     break
-                action()
-                if self._waiting.empty():
-                    self._report_dropped()
-                    self._refresh()
-            if self._live is not None:
-                self._refresh()
-                self._live.stop()
+                self._try(self._refresh)
+                continue
+            if action is None:
+                break
+            self._try(action)
+            if self._waiting.empty():
+                self._try(self._report_dropped)
+                self._try(self._refresh)
+        self._try(self._end_table)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write something, if that is possible."""
+        try:
+            write()
+        except (OSError, ValueError):
+            self._live = None  # a terminal that fails is gone; a disk that is full may have room again
 
     def _print(self, line: str) -> None:
         if self._live is None:
@@ -124,7 +132,9 @@ class View:
             self._live.console.print(Text(line))
 
     def _above(self, write: Callable[[], None]) -> None:
-        assert self._live is not None
+        if self._live is None:
+            write()
+            return
         self._live.update("", refresh=True)
         self._live.stop()
         write()
@@ -132,8 +142,13 @@ class View:
 
     def _report_dropped(self) -> None:
         if dropped := self._dropped:
-            self._dropped -= dropped
             self._print(f"({dropped} log lines were dropped)")
+            self._dropped -= dropped
+
+    def _end_table(self) -> None:
+        self._refresh()
+        if self._live is not None:
+            self._live.stop()
 
     def _refresh(self) -> None:
         if self._live is not None:
@@ -142,6 +157,7 @@ class View:
 
 def _table(processes: Sequence[ProcessStatus], width: int) -> Table:
     from rich.table import Column, Table
+    from rich.text import Text
 
     shown = [name for name, least in _COLUMNS.items() if width >= least]
     # Narrow enough for 80 columns; where a name is too long, anything is folded but the URL, which people copy.
@@ -149,13 +165,13 @@ def _table(processes: Sequence[ProcessStatus], width: int) -> Table:
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for process in processes:
         memory = process.memory_bytes
-        cells = {
-            "name": process.name,
-            "url": process.url,
-            "pid": str(process.pid or ""),
-            "state": f"[{_COLOURS[process.state]}]{process.progress or process.state}",
-            "restarts": str(process.restarts),
-            "memory": "" if memory is None else f"{memory / 2**20:.0f} MiB",
+        cells = {  # no strings, in which an address such as [fd00::1] would be markup
+            "name": Text(process.name),
+            "url": Text(process.url),
+            "pid": Text(str(process.pid or "")),
+            "state": Text(process.progress or process.state, _COLOURS[process.state]),
+            "restarts": Text(str(process.restarts)),
+            "memory": Text("" if memory is None else f"{memory / 2**20:.0f} MiB"),
         }
         table.add_row(*(cells[name] for name in shown))
     return table

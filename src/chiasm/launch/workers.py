@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -98,7 +99,7 @@ _lines = threading.Lock()
 
 
 def _pass_on(name: str, line: str) -> None:
-    with _lines:
+    with _lines, contextlib.suppress(OSError):  # as when nobody reads it any more, or its disk is full for a while
         print(line, file=sys.stderr, flush=True)
 
 
