@@ -122,9 +122,10 @@ def test_json_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert [one["layout"] for one in found["candidates"]] == ["aggregated", "colocated"]
 
 
-def test_a_plot_is_written(tmp_path: Path) -> None:
-    planned(MODEL, "--devices", "1xH100", *MIX, *IN_TIME, "--rate", "5", "--plot", str(tmp_path / "plan.png"))
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", ["plan.png", "plan.of-today"])
+def test_a_plot_is_written(tmp_path: Path, name: str) -> None:
+    planned(MODEL, "--devices", "1xH100", *MIX, *IN_TIME, "--rate", "5", "--plot", str(tmp_path / name))
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_measured_costs_are_taken_from_their_file(costs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -204,8 +205,14 @@ def _neighbours(folder: Path, number: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     ready, done = context.Semaphore(0), context.Event()
     processes = [context.Process(target=_run_steps, args=(folder, ready, done), daemon=True) for _ in range(number)]
-    for process in processes:
-        process.start()
+    mask = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # Ctrl-C is for this process, which ends the others
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         for process in processes:
             while not ready.acquire(timeout=0.2):
@@ -219,7 +226,7 @@ def _neighbours(folder: Path, number: int) -> Iterator[None]:
 
 
 def _run_steps(folder: Path, ready: Semaphore, done: Event) -> None:
-    """Run steps until ``done`` is set; ``ready`` is released before the first."""
+    """Run steps until ``done`` is set or the parent is gone; ``ready`` is released before the first."""
     share_cores(1)
     import torch
 
@@ -227,7 +234,8 @@ def _run_steps(folder: Path, ready: Semaphore, done: Event) -> None:
     with torch.inference_mode():
         bed = Bed(folder)
         ready.release()
-        while not done.is_set():
+        parent = multiprocessing.parent_process()
+        while not done.is_set() and (parent is None or parent.is_alive()):
             bed.one_step()
 
 

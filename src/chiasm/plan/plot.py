@@ -42,6 +42,6 @@ def write_plot(path: Path, plan: Plan) -> None:
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     try:
-        canvas.savefig(path)
+        canvas.savefig(path, format="png")
     except OSError as error:
         raise ConfigurationError(f"The plot cannot be written to {path}: {error}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Plan:
     @property
     def command(self) -> str:
         """Starts the best of them."""
-        return f"chiasm serve {self.model} {self.best.candidate.options}"
+        return f"chiasm serve {shlex.quote(self.model)} {self.best.candidate.options}"
 
     @property
     def sentence(self) -> str:
