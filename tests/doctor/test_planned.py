@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from chiasm.cores import cpu_flags, has_native_bfloat16
 from chiasm.doctor import Result
@@ -74,6 +76,39 @@ async def test_an_unreachable_hub_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "the hub cannot be reached" in problem(await examined(DeploymentConfig("nobody/has-this"))).says
+
+
+async def examined_model(name: str) -> list[Result]:
+    return [one for one in await examined(DeploymentConfig(name)) if one.check == "model"]
+
+
+@pytest.fixture
+async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """A hub that is reached through a proxy alone, and has moved a model, which only some may download."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if str(request.url) == "http://hub.invalid/old/name/resolve/main/config.json":
+            raise web.HTTPTemporaryRedirect("/new/name/resolve/main/config.json")
+        if request.headers.get("Authorization") != "Bearer hf_mine":
+            return web.Response(status=401)
+        return web.Response(text="{}", status=200 if request.path.startswith("/new/name/resolve/") else 404)
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{runner.addresses[0][1]}")
+    yield
+    await runner.cleanup()
+
+
+@pytest.mark.usefixtures("hub")
+async def test_the_hub_is_asked_as_a_download_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert "the hub has it" in warning(await examined_model("old/name")).says
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    assert "the hub answers HTTP 401" in problem(await examined_model("old/name")).says
 
 
 async def test_a_plan_larger_than_the_memory_is_warned_about(checkpoint: Path) -> None:

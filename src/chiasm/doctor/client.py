@@ -79,7 +79,7 @@ class Response:
 
 
 class Client:
-    """Bounds each call in time, from the first byte sent to the last received, and in size. No redirects, no proxies."""
+    """Bounds each call in time, from the first byte sent to the last received, and in size."""
 
     def __init__(
         self,
@@ -87,10 +87,14 @@ class Client:
         key: str | None = None,
         fleet_key: FleetKey | None = None,
         admin_key: str | None = None,
+        *,
+        goes_outside: bool = False,
     ) -> None:
         """``key`` is the API key for the deployment, ``admin_key`` that of the proxy's operator. ``fleet_key`` signs messages
-        as the proxy does, by the clock that the last answer from the same place told."""
+        as the proxy does, by the clock that the last answer from the same place told. Only one that ``goes_outside`` takes
+        the environment's proxies and follows redirects, as a download does."""
         self._admin_key = admin_key
+        self._goes_outside = goes_outside
         self.limits = limits
         self.fleet_key = fleet_key
         self._authorization = {"authorization": f"Bearer {key}"} if key else {}
@@ -100,7 +104,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         self._session = aiohttp.ClientSession(
-            trust_env=False,
+            trust_env=self._goes_outside,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -157,7 +161,9 @@ class Client:
         try:
             async with (
                 asyncio.timeout(timeout_seconds),
-                self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as response,
+                self._session.request(
+                    method, url, data=body, headers=headers, allow_redirects=self._goes_outside
+                ) as response,
             ):
                 clock = _seconds_ahead(response.headers.get("date"), began, time.time())
                 if clock is not None:

@@ -64,10 +64,13 @@ async def ask_hub(model: str) -> Result:
         do = "download it where there is a network, or give the path of its folder."
         command = f"HF_HUB_OFFLINE=0 hf download {model}"
         return MODEL.problem(f"{missing}, and HF_HUB_OFFLINE forbids downloading it", why, do, command)
+    from huggingface_hub import get_token
+
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        async with Client() as client:
-            status = (await client.get(f"{hub}/api/models/{model}")).status
+        async with Client(key=get_token(), goes_outside=True) as client:
+            # The page about a model that is gated is for everybody, its files aren't.
+            status = (await client.get(f"{hub}/{model}/resolve/main/config.json")).status
     except NoAnswerError as error:
         do = "download it where there is a network, and give the path of its folder."
         command = f"hf download {model} --local-dir FOLDER"
