@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from aiohttp import web
 
 from .conftest import Front, Start, ask, image, image_bytes, listen
 from .instances import FakeInstance, Received
+from .test_records import record_of_one_image
 
 playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 
@@ -107,3 +109,27 @@ async def test_nothing_but_its_own_script_may_run_on_it(start: Start) -> None:
     )
     through_proxy = await front.get("/dashboard", **{"X-Forwarded-For": "192.0.2.1"})
     assert through_proxy.status == 401
+
+
+@needs_browser
+async def test_what_begins_after_the_first_token_is_listed_without_a_bar(start: Start, tab: Tab) -> None:
+    front = await start([FakeInstance("pd")])
+    front.service.records.keep(record_of_one_image())
+    await look(front, tab)
+    await tab.page.locator(".request summary").click()
+    names = await tab.page.locator(".waterfall .name").all_text_contents()
+    assert names[-1] == "decode 1.11 s"
+    bars = [await lane.locator(".bar").count() for lane in await tab.page.locator(".waterfall .lane").all()]
+    assert bars == [1] * (len(names) - 1) + [0]
+
+
+@needs_browser
+async def test_of_requests_with_one_id_only_the_one_that_was_opened_stays_open(start: Start, tab: Tab) -> None:
+    front = await start([FakeInstance("pd")])
+    for arrived in (1.0, 2.0):
+        front.service.records.keep(dataclasses.replace(record_of_one_image(), arrived=arrived))
+    await look(front, tab)
+    await tab.page.uncheck("#live")  # which shows them once more
+    await tab.page.locator(".request summary").first.click()
+    await tab.page.evaluate("refresh()")
+    assert [await one.get_attribute("open") for one in await tab.page.locator(".request").all()] == ["", None]

@@ -203,6 +203,8 @@ def test_a_trace_has_no_two_spans_of_one_thread_that_overlap_in_part() -> None:
         ENCODER,
         PD,
     }
+    named = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert named == {"request", "image 1"}  # as on the dashboard
     assert all({"name", "cat", "ph", "ts", "dur", "pid", "tid"} <= set(event) for event in events if event["ph"] == "X")
     json.dumps(trace)
 

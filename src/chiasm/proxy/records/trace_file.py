@@ -35,7 +35,7 @@ def trace_of(record: RecordInfo) -> dict[str, object]:
         _label("process_name", number, 0, name) for number, name in sorted(names.items())
     ]
     labels += [
-        _label("thread_name", process, thread, f"image {thread - 1}" if thread else "request")
+        _label("thread_name", process, thread, f"image {thread}" if thread else "request")
         for process, thread in sorted(threads)
     ]
     return {
