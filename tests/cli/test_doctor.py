@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from chiasm.launch.ports import HeldPort
-from tests.cli.running import run
+from tests.cli.running import CHIASM, run
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,14 @@ def test_this_machine() -> None:
         "warning",
         "skipped",
     }
+
+
+def test_ctrl_c_ends_it_before_the_last_check(checkpoint: Path) -> None:
+    with subprocess.Popen([*CHIASM, "doctor", str(checkpoint)], stdout=subprocess.PIPE, text=True) as doctor:
+        assert doctor.stdout is not None
+        first = doctor.stdout.readline()
+        doctor.send_signal(signal.SIGINT)
+        others = doctor.stdout.read()
+    assert doctor.returncode == 130
+    assert first.startswith("ok        plan")
+    assert "storage folder" not in others

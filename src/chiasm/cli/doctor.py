@@ -106,6 +106,7 @@ async def _show(results: AsyncIterator[Result], *, in_json: bool) -> bool:
         found.append(result)
         if report is not None:
             report.show(result)
+        await asyncio.sleep(0)  # where Ctrl-C ends it, since most checks don't wait for anything
     if report is None:
         print(as_json(found))
     else:
