@@ -25,7 +25,8 @@ def run(settings: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "folder")
+    table = Table("name")
+    table.add_column("folder", overflow="fold")
     for name, folder in folders.items():
         table.add_row(name, Text(str(folder)))
     Console().print(table)
