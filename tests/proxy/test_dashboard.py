@@ -133,3 +133,14 @@ async def test_of_requests_with_one_id_only_the_one_that_was_opened_stays_open(s
     await tab.page.locator(".request summary").first.click()
     await tab.page.evaluate("refresh()")
     assert [await one.get_attribute("open") for one in await tab.page.locator(".request").all()] == ["", None]
+
+
+@needs_browser
+async def test_long_names_fit_on_a_phone_and_hide_no_time(start: Start, tab: Tab) -> None:
+    front = await start([FakeInstance("pd", model="/checkpoints/" + "Name" * 50)])
+    front.service.records.keep(record_of_one_image(request_id="x" * 128))
+    await look(front, tab)
+    await tab.page.locator(".request summary").click()
+    assert await tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+    names = await tab.page.locator(".waterfall .name").all()
+    assert [await one.evaluate("name => name.scrollWidth <= name.clientWidth") for one in names] == [True] * len(names)
