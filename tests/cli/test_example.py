@@ -85,3 +85,12 @@ def test_ctrl_c_ends_all_of_it(name: str, ports: dict[str, str], tmp_path: Path)
     assert script.returncode == 128 + signal.SIGINT, err
     assert eventually(lambda: not alive(children))
     assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_an_interpreter_without_chiasm_is_told_before_anything_is_started(
+    name: str, ports: dict[str, str], tmp_path: Path
+) -> None:
+    with running(name, ports, tmp_path, PYTHON="/bin/false") as script:
+        out, err = script.communicate(timeout=60)
+    assert (script.returncode, out) == (2, "")
+    assert err.startswith("/bin/false has no chiasm installed. Run `make install`")

@@ -22,6 +22,10 @@ if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   if [[ -x $tree/.venv/bin/python ]]; then PYTHON=$tree/.venv/bin/python; fi
 fi
+if ! "$PYTHON" -m chiasm --version >/dev/null 2>&1; then
+  echo "$PYTHON has no chiasm installed. Run \`make install\` in $tree, or set PYTHON to an interpreter that has it." >&2
+  exit 2
+fi
 MODEL=${MODEL:-demo}
 PROXY_PORT=${PROXY_PORT:-8000}
 ENCODER_PORT=${ENCODER_PORT:-8001}
