@@ -185,7 +185,8 @@ def test_a_dry_run_shows_none_of_several_secrets(flags: str) -> None:
 def test_a_dry_run_names_the_encoders_that_run_only_while_they_are_needed(checkpoint: Path) -> None:
     settings = serve.parser().parse([str(checkpoint), "--encoders", "1..3", "--port", "0", "--dry-run"], {})
     deployment = Deployment(serve.deployment_config(settings))
-    lines = preview(deployment).splitlines()
+    shown = preview(deployment)
+    lines = shown.splitlines()
     spare = [line.partition(":")[0] for line in lines if line.endswith(", only while it is needed")]
     assert spare == ["encoder-1", "encoder-2"]
     (of_proxy,) = (line for line in lines if line.startswith("  chiasm proxy"))
@@ -193,3 +194,4 @@ def test_a_dry_run_names_the_encoders_that_run_only_while_they_are_needed(checkp
     assert "--encoder " not in of_proxy
     assert deployment.scratch is not None
     assert not deployment.scratch.exists()
+    assert f"mkdir -m 700 {deployment.scratch}" in shown  # without it, what instances share could not be opened

@@ -36,8 +36,12 @@ def preview(deployment: Deployment) -> str:
             f"  {shlex.join(_command(plan, deployment.folder))}",
         ]
     lines += ["", "Nothing was started. A start takes other free ports, and makes a fleet key unless it is given one."]
+    if deployment.scratch is not None:
+        lines.append(
+            f"It also makes the folder {deployment.scratch}. Before you type these commands: mkdir -m 700 {deployment.scratch}"
+        )
     if deployment.arrangement.config.scales:
-        lines.append("It also makes the file that --discover names, and lists there the encoders that run.")
+        lines.append("The file there that --discover names lists the encoders that run.")
     return "\n".join(lines)
 
 
