@@ -118,7 +118,7 @@ async def test_what_begins_after_the_first_token_is_listed_without_a_bar(start: 
     await look(front, tab)
     await tab.page.locator(".request summary").click()
     names = await tab.page.locator(".waterfall .name").all_text_contents()
-    assert names[-1] == "decode 1.11 s"
+    assert names[-1] == "decode 1.11\u00a0s"
     bars = [await lane.locator(".bar").count() for lane in await tab.page.locator(".waterfall .lane").all()]
     assert bars == [1] * (len(names) - 1) + [0]
 
