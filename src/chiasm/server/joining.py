@@ -247,8 +247,8 @@ class _Line:
             allow_redirects=False,
             server_hostname=self._server_hostname,
         ) as response:
-            content = await response.content.read(_MAX_ANSWER_BYTES)
-            while response.status == 200 and (more := await response.content.read(_MAX_ANSWER_BYTES - len(content))):
+            content = b""
+            while more := await response.content.read(_MAX_ANSWER_BYTES - len(content)):
                 content += more
             if response.status != 200:
                 raise RefusedError(_message(response.status, content))
