@@ -1,4 +1,4 @@
-"""An encoder whose embeddings go from memory to memory dies, before it has one that vLLM wants of it and after."""
+"""In a fleet whose embeddings go from memory to memory, an encoder dies, and then the engine of the language model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+
+from chiasm.wire import PLACES_PATH
 
 from .conftest import Launch
 from .fleet import WAIT_SECONDS, busy_encoders, front, wait_until_encoders_rest
-from .processes import CALL_SECONDS, CHECKPOINT, Server, chiasm_instance, transfer_config, vllm
+from .processes import CALL_SECONDS, CHECKPOINT, CLIENT, Server, chiasm_instance, transfer_config, vllm
 from .serving import Question
 
 CONNECTOR = "TcpConnector"
@@ -88,3 +91,18 @@ def _until_one_comes_from_the_mortal(fleet: Fleet) -> Question:
         wait_until_encoders_rest(fleet.proxy)
         if fleet.mortal.count("saves") > saves:
             return question
+
+
+def test_a_language_instance_whose_engine_dies_while_it_is_asked_ends(fleet: Fleet) -> None:
+    """Then it can be started again."""
+    children = psutil.Process(fleet.pd.process.pid).children(recursive=True)
+    engine = next(one for one in children if "EngineCore" in " ".join(one.cmdline()))
+    engine.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(CLIENT.post, f"{fleet.pd.url}{PLACES_PATH}", json={}, timeout=CALL_SECONDS)
+        assert (
+            CLIENT.get(f"{fleet.pd.url}/livez", timeout=CALL_SECONDS).status_code == 200
+        )  # it has heard the other one
+        engine.kill()
+        fleet.pd.process.wait(CALL_SECONDS)
+        assert asking.result().status_code == 500

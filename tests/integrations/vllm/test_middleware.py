@@ -572,7 +572,7 @@ def served(role: str, core: Core, connector: str = "TcpConnector") -> Server:
     one = config(role)
     one.ec_transfer_config.ec_connector_extra_config = {"connector": connector}
     server = Server(VLLM(one))
-    server.app.state.engine_client = SimpleNamespace(engine_core=core)
+    server.app.state.engine_client = SimpleNamespace(engine_core=core, errored=False)
     return server
 
 
@@ -638,7 +638,7 @@ async def test_a_stranger_cannot_say_where_embeddings_are() -> None:
 
 async def test_the_embeddings_that_any_engine_waits_for_are_named(store: Path) -> None:
     server = Server(VLLM(config("ec_consumer", store=store)))
-    server.app.state.engine_client = SimpleNamespace(engine_core=Core())
+    server.app.state.engine_client = SimpleNamespace(engine_core=Core(), errored=False)
     answer = await server.call("GET", AWAITED_PATH)
     assert (answer.status, answer.json) == (200, {"identifiers": ["a" * 64, "b" * 64]})
 
@@ -646,7 +646,7 @@ async def test_the_embeddings_that_any_engine_waits_for_are_named(store: Path) -
 async def test_what_came_while_the_connector_was_asked_is_not_awaited(store: Path) -> None:
     """It is in memory now, and no longer on its way."""
     server, core = Server(VLLM(config("ec_consumer", store=store))), Core()
-    server.app.state.engine_client = SimpleNamespace(engine_core=core)
+    server.app.state.engine_client = SimpleNamespace(engine_core=core, errored=False)
     core.missing = [["a" * 64], ["a" * 64]]
     assert (await server.call("GET", AWAITED_PATH)).json == {"identifiers": ["a" * 64]}
 
@@ -730,6 +730,27 @@ async def test_of_several_engines_no_question_waits() -> None:
     server = served("ec_consumer", Telling())
     server.app.state.vllm_config.parallel_config.data_parallel_size = 2
     assert "tells_lost" not in (await server.call("GET", "/health")).json
+
+
+class Dying(Core):
+    """An engine that dies before it has answered, which vLLM notices and doesn't tell who asked."""
+
+    async def call_utility_all_async(self, method: str, *arguments: str) -> list[Any]:
+        if method not in (EXPECT_METHOD, LOST_METHOD):
+            return await super().call_utility_all_async(method, *arguments)
+        await asyncio.Event().wait()
+        return []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(PLACES_PATH, b"{}"), (LOST_PATH, question("a" * 64))], ids=["places", "lost"]
+)
+async def test_what_an_engine_was_asked_when_it_died_fails(path: str, body: bytes) -> None:
+    server = served("ec_consumer", Dying(Exchange()))
+    client = server.app.state.engine_client
+    client.errored, client.dead_error = True, RuntimeError("the engine is dead")
+    with pytest.raises(RuntimeError, match="the engine is dead"):
+        await asyncio.wait_for(server.call("POST", path, body, leaves=False), 10)
 
 
 async def test_without_chiasms_connector_the_question_goes_to_vllm() -> None:

@@ -20,6 +20,8 @@ FIRST, LAST = b"data: one\n\n", b"data: [DONE]\n\n"
 class Engines:
     """vLLM's client of two engines, which have work until they are let go."""
 
+    errored = False
+
     def __init__(self) -> None:
         self.engine_core = self
         self.unfetched = [0, 0]

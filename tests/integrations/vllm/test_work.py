@@ -238,7 +238,7 @@ class Engines:
         self.questions = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.state = SimpleNamespace(engine_client=SimpleNamespace(engine_core=self))
+        self.state = SimpleNamespace(engine_client=SimpleNamespace(engine_core=self, errored=False))
 
     async def call_utility_all_async(self, method: str) -> list[str]:
         assert method == LOAD_METHOD

@@ -14,11 +14,28 @@ from chiasm.integrations.vllm.settings import settings_of
 
 _logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.05
+_ALIVE_SECONDS = 0.5
+"""From one look whether an engine that has not answered is alive to the next."""
 
 
 async def ask_engines(state: Any, method: str, *arguments: str) -> list[Any]:
-    """Call a method of all engines; return what each answers. ``state`` is that of vLLM's application."""
-    core = state.engine_client.engine_core
+    """Call a method of all engines; return what each answers. ``state`` is that of vLLM's application.
+
+    Raises vLLM's error of a dead engine also if one dies before it has answered. vLLM itself lets such a call wait for ever,
+    and its server doesn't end before it has answered all that it was asked.
+    """
+    client = state.engine_client
+    asking = asyncio.ensure_future(_asked(client.engine_core, method, *arguments))
+    try:
+        while not (await asyncio.wait({asking}, timeout=_ALIVE_SECONDS))[0]:
+            if client.errored:
+                raise client.dead_error
+        return asking.result()
+    finally:
+        asking.cancel()
+
+
+async def _asked(core: Any, method: str, *arguments: str) -> list[Any]:
     if hasattr(core, "call_utility_all_async"):
         answers: list[Any] = await core.call_utility_all_async(method, *arguments)
         return answers
