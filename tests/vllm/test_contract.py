@@ -242,6 +242,22 @@ class TestRealVLLM(EngineContract):
         pd.begin(("a", 2), of="again", tokens=100)
         assert pd.step().tokens == {"again": 100}
 
+    def test_a_request_that_finds_no_place_among_those_that_run_does_not_fail_for_an_embedding_that_has_arrived(
+        self, encoder: Encoder, start: Callable[[ECTransferRole], RealVLLM]
+    ) -> None:
+        pd = start(ECTransferRole.CONSUMER)
+        pd.begin(("a", 2), of="waiting")
+        pd.step()
+        for index in range(4 * MAX_AHEAD):
+            pd.begin(of=f"text {index}", tokens=4, max_tokens=100)
+        pd.step()
+        encoder.publish("a", pd.embedding_of("a"))
+        pd.step()
+        pd.pass_time(100)
+        outcome = pd.step()
+        assert "waiting" not in outcome.tokens
+        assert outcome.failed == set()
+
     def test_a_wait_is_told_with_the_first_output_and_with_the_last(
         self, encoder: Encoder, start: Callable[[ECTransferRole], RealVLLM]
     ) -> None:

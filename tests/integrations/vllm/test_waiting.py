@@ -87,6 +87,17 @@ def test_an_item_that_does_not_arrive_fails_its_request_alone(encoder: Encoder, 
     assert pd.counts()["failed_requests"] == 1
 
 
+def test_an_item_that_has_arrived_fails_no_request_at_which_vllm_does_not_look(encoder: Encoder, pd: Engine) -> None:
+    """As while others have all the places among the requests that run."""
+    one = request(("a", 2))
+    pd.step(one)
+    encoder.publish("a")
+    pd.wait_for_arrivals(one)
+    pd.clock.now = WAIT_SECONDS + 0.1
+    assert pd.update(one) == set()
+    assert pd.step(one).tokens == {"request": 8}
+
+
 def test_the_next_request_with_the_same_item_waits_anew(encoder: Encoder, pd: Engine) -> None:
     first = request(("a", 2), of="first")
     pd.step(first)

@@ -257,7 +257,12 @@ class SchedulerHalf:
         """Return the ids of the requests to fail, each once."""
         now = self.clock()
         for tracked in self._requests.values():
-            if tracked.waiting_since is not None and now - tracked.waiting_since > self._wait_seconds:
+            if tracked.waiting_since is None or now - tracked.waiting_since <= self._wait_seconds:
+                continue
+            item = tracked.item(tracked.missing)
+            if item is not None and self._is_available(tracked, item):
+                self._end_wait(tracked)  # vLLM has had no place for the request since, and has not looked at it
+            else:
                 self._fail(tracked, f"Item {tracked.missing} did not arrive within {self._wait_seconds:g} seconds.")
         failed, self._failed = self._failed, set()
         return failed
