@@ -315,6 +315,27 @@ async def test_a_configured_fingerprint_is_used(store: Path) -> None:
     assert (await Server(VLLM(given)).call("GET", "/health")).json["fingerprint"] == "abcd"
 
 
+def with_settings(store: Path, **settings: object) -> Server:
+    """Return a PD whose vLLM got these settings of the processor."""
+    given = SimpleNamespace(get_limit_per_prompt=lambda modality: 5, mm_processor_kwargs=settings)
+    return Server(VLLM(config("ec_consumer", store=store, multimodal_config=given)))
+
+
+async def test_other_settings_of_the_processor_make_another_fingerprint(store: Path) -> None:
+    given: list[dict[str, object]] = [{}, {"max_pixels": 9216}, {"max_pixels": 4096}, {"device": "cuda"}]
+    found = [(await with_settings(store, **one).call("GET", "/health")).json["fingerprint"] for one in given]
+    assert found[0] == found[3] == fingerprint(CHECKPOINT, "float32")
+    assert len(set(found)) == 3
+
+
+async def test_images_are_sized_by_encoders_where_the_processor_has_other_settings(store: Path) -> None:
+    server = with_settings(store, max_pixels=9216)
+    health = msgspec.convert((await server.call("GET", "/health")).json, Health)
+    assert (health.takes_image_size, health.image_paths, health.costs) == (False, [], None)
+    assert (await server.chat(ask(sized(96, 96)))).status == 400
+    assert (await with_settings(store, device="cuda").chat(ask(sized(96, 96)))).status == 200
+
+
 async def test_a_model_that_chiasm_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     server = Server(VLLM(config(model=str(tmp_path))))

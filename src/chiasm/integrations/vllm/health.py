@@ -19,7 +19,15 @@ from chiasm.engine.calibration import image_tokens
 from chiasm.errors import ConfigurationError
 from chiasm.integrations.vllm.items import Layout
 from chiasm.integrations.vllm.messages import Exchange
-from chiasm.integrations.vllm.settings import Settings, dtype_name, fingerprint_of, folder_of, settings_of, store_url
+from chiasm.integrations.vllm.settings import (
+    Settings,
+    dtype_name,
+    fingerprint_of,
+    folder_of,
+    processor_settings,
+    settings_of,
+    store_url,
+)
 from chiasm.models.base import Processor
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.token_bytes import longest_token
@@ -80,8 +88,9 @@ def describe(state: Any, exchanges: Collection[Exchange], costs: Costs, *, resol
     model_config, kv = config.model_config, config.kv_transfer_config
     settings = settings_of(config)
     known = _processor(model_config)
-    sizes_by_grid = known is not None and SIZE_KEY not in known.geometry_of_size(64, 64).metadata
-    processor = known if sizes_by_grid else None
+    sizing = known if _sizes_as_the_checkpoint(model_config) else None
+    sizes_by_grid = sizing is not None and SIZE_KEY not in sizing.geometry_of_size(64, 64).metadata
+    processor = sizing if sizes_by_grid else None
     names = arguments.served_model_name
     exchange, role = _common(exchanges), role_of(config)
     health = Health(
@@ -108,7 +117,7 @@ def describe(state: Any, exchanges: Collection[Exchange], costs: Costs, *, resol
         device=_device(config),
         threads=_threads(config),
         cpus=sorted(allowed_cpus()),
-        costs=_with_images(costs, known),
+        costs=_with_images(costs, sizing),
     )
     placeholder = known.placeholder if known is not None else ""
     limit = exchange.max_received_bytes
@@ -163,6 +172,16 @@ def _processor(model_config: Any) -> Processor | None:
     except (ConfigurationError, OSError) as error:
         _logger.warning("chiasm cannot size the images of this model, so the proxy waits for encoders: %s", error)
         return None
+
+
+def _sizes_as_the_checkpoint(model_config: Any) -> bool:
+    """Return whether vLLM sizes images by the checkpoint's own settings, as chiasm's processor does."""
+    if changed := processor_settings(model_config):
+        _logger.warning(
+            "chiasm does not size images by --mm-processor-kwargs (%s), so the proxy waits for encoders.",
+            ", ".join(sorted(changed)),
+        )
+    return not changed
 
 
 def _with_images(costs: Costs, known: Processor | None) -> Costs | None:

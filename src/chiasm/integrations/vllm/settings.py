@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from chiasm.connectors.extra_config import read_extra_config
 from chiasm.ec_transfer import ECConnectorFactory, ECTransferConfig, ECTransferRole, moves_from_memory
@@ -136,9 +139,19 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str:
 def fingerprint_of(model_config: Any, given: str | None = None) -> str:
     """Return ``given``, or else what one of chiasm's own instances computes for the checkpoint and dtype of a ``ModelConfig``.
 
-    Raises ConfigurationError if the checkpoint is not a folder of safetensors files.
+    Other settings of the processor than the checkpoint's own make another fingerprint. Raises ConfigurationError if the
+    checkpoint is not a folder of safetensors files.
     """
-    return given or fingerprint(folder_of(model_config), dtype_name(model_config))
+    if given:
+        return given
+    own, changed = fingerprint(folder_of(model_config), dtype_name(model_config)), processor_settings(model_config)
+    return blake3(f"{own} {json.dumps(changed, sort_keys=True, default=str)}".encode()).hexdigest() if changed else own
+
+
+def processor_settings(model_config: Any) -> dict[str, Any]:
+    """Return the settings of the processor that ``--mm-processor-kwargs`` changes, but for the device on which it runs."""
+    given = getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}
+    return {name: value for name, value in given.items() if name != "device"}
 
 
 def dtype_name(model_config: Any) -> str:
