@@ -364,7 +364,7 @@ async def never(instance: FakeInstance, request: web.Request, received: Received
 
 
 def refuse(
-    status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None, **headers: str
+    status: int, message: str, *, kind: str = "invalid_request_error", code: str | int | None = None, **headers: str
 ) -> Answering:
     """Answer with an error."""
 

@@ -15,7 +15,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.media import identifier
 
 from .conftest import Start, ask, image, image_bytes
-from .instances import MODEL, Answering, FakeInstance, Received, encode, refuse, vllm_error_event
+from .instances import MODEL, Answering, FakeInstance, Received, encode, once, refuse, vllm_error_event
 
 ENGINE = {"engine": "vllm 0.32.0"}
 
@@ -133,6 +133,27 @@ async def test_a_failure_of_the_engine_has_a_status(start: Start, stream: bool) 
     front = await start([pd])
     answer = await front.post(ask("x", stream=stream))
     assert (answer.status, answer.error["type"]) == (500, "InternalServerError")
+
+
+BUSY = refuse(503, "The engine is currently busy and cannot accept new requests.", kind="Service Unavailable", code=503)
+"""What vLLM answers at its limit of requests."""
+
+
+async def test_a_full_pd_gives_its_request_to_another(start: Start) -> None:
+    pds = [FakeInstance("pd", **ENGINE), FakeInstance("pd", **ENGINE)]
+    pds[0].answer = BUSY
+    front = await start([*pds])
+    for _ in range(3):
+        assert (await front.post(ask("x"))).status == 200
+    assert len(pds[1].received) == 3
+
+
+async def test_images_wait_for_a_full_encoder(start: Start) -> None:
+    encoder, pd = FakeInstance("encoder", **ENGINE), FakeInstance("pd", **ENGINE)
+    once(BUSY, encode, encoder)
+    front = await start([encoder, pd])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert await front.metric("chiasm_proxy_encode_refusals_total") == 1
 
 
 def after(arrived: asyncio.Semaphore) -> Answering:

@@ -31,6 +31,8 @@ _VANISHED_SECONDS = 8.0
 """How long another machine may answer nothing at all before the connections to it break."""
 _INLINE_BYTES = 1 << 20
 """Up to this size a body is hashed, for its signature, on the event loop."""
+_FULL_KINDS = ("overloaded_error", "Service Unavailable")
+"""How the errors of a full instance are called by chiasm, and by vLLM, which has a limit by ``--max-num-queued-reqs``."""
 _error = msgspec.json.Decoder(ErrorBody)
 
 
@@ -101,7 +103,7 @@ class InstanceError(ChiasmError):
         """Whether the instance has no room now: another one may be tried, or the same one later."""
         if self.status not in {429, 503} or self.is_leaving:
             return False
-        return self.code == Code.TOO_MANY_REQUESTS or self.kind == "overloaded_error"
+        return self.code == Code.TOO_MANY_REQUESTS or self.kind in _FULL_KINDS
 
 
 class RefusedError(InstanceError):
