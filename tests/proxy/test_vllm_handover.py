@@ -25,6 +25,7 @@ from .instances import (
     lose,
     once,
     only_a_head,
+    prefill_of_vllm,
     refuse,
     role_event,
     vllm_decode,
@@ -196,6 +197,23 @@ async def test_losing_decode_before_its_first_event_costs_a_prefill(
     calls = [received.params["remote_request_id"] for d in ds for received in d.received]
     assert sorted(calls) == ["r1", "r2"]
     assert len(encoder.received) == 1
+    await until_idle(front)
+
+
+@pytest.mark.parametrize("at", ["prefill", "decode"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_instance_that_is_stopping_is_replaced_by_another(start: Start, at: str, stream: bool) -> None:
+    ps, ds = [vllm_prefill(), vllm_prefill()], [vllm_decode(), vllm_decode()]
+    stopping = refuse(503, "This instance is stopping.", kind="overloaded_error", code="stopping")
+    once(stopping, prefill_of_vllm if at == "prefill" else decode_of_vllm, *(ps if at == "prefill" else ds))
+    front = await start([*ps, *ds])
+    body = ask("x", stream=stream)
+    if stream:
+        assert (await listen(front, body)).text == SAID
+    else:
+        assert (await front.post(body)).json["choices"][0]["message"]["content"] == SAID
+    assert sum(len(one.received) for one in ps) == 2
+    assert sum(len(one.received) for one in ds) == (1 if at == "prefill" else 2)
     await until_idle(front)
 
 

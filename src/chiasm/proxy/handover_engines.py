@@ -230,7 +230,7 @@ class VllmEngine(HandoverEngine):
     decodes_per_handle = 1
 
     def reason_to_retry(self, error: UpstreamError | InstanceError, lost: Reason) -> Reason | None:
-        if isinstance(error, InstanceError) and (error.status < 500 or error.status == 503):
+        if isinstance(error, InstanceError) and not error.is_leaving and (error.status < 500 or error.status == 503):
             return None  # the request is wrong, or the instance is full
         return lost
 
