@@ -222,3 +222,14 @@ async def test_engines_that_other_servers_share_are_not_paused() -> None:
     await stopping(vllm)
     await vllm.ended()
     assert not vllm.engines.is_paused.is_set()
+
+
+async def test_one_of_several_servers_does_not_drain_alone() -> None:
+    vllm = VLLM(shutdown_timeout=0, api_server_count=2)
+    stream = await begun(vllm)
+    head, body = await vllm.call("http", path=DRAIN_PATH)
+    assert head["status"] == 409
+    assert "SIGTERM" in json.loads(body["body"])["error"]["message"]
+    assert (await vllm.call("http", "GET", "/health"))[0]["status"] == 500  # vLLM's own answer, not that it drains
+    vllm.go.set()
+    assert (await stream)[-1]["body"] == LAST

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chiasm.errors import ChiasmError, EmbeddingUnavailableError
+from chiasm.errors import ChiasmError, ConflictError, EmbeddingUnavailableError
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import ClientLeftError, json_response, read_body
 from chiasm.http.body import Incoming
@@ -31,7 +31,7 @@ from chiasm.http.limits import Refusals
 from chiasm.http.liveness import ready_response
 from chiasm.integrations.vllm.bodies import EMBEDS_KEY, chat_for_vllm, check_completion, other_for_vllm
 from chiasm.integrations.vllm.calibration import measure_costs
-from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings, lost_embeddings
+from chiasm.integrations.vllm.engines import ask_engines, awaited_embeddings, has_several_servers, lost_embeddings
 from chiasm.integrations.vllm.health import Description, asks_engines, describe
 from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
@@ -200,6 +200,12 @@ class ChiasmMiddleware:
         try:
             check_fleet(caller_of(scope), "Draining an instance")
             await read_body(incoming, Headers(scope=scope), _MAX_ORDER_BYTES)
+            if has_several_servers(scope["app"].state):
+                raise ConflictError(
+                    "Several API servers share the engines of this instance. An order to drain reaches one of them, and when "
+                    "that has ended, vLLM ends the others with all that they answer. Send SIGTERM to its `vllm serve`, whose "
+                    "--shutdown-timeout is the time for what runs, or start it with --api-server-count 1."
+                )
         except ClientLeftError:
             return
         except ChiasmError as error:
