@@ -15,7 +15,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.media import identifier
 
 from .conftest import Start, ask, image, image_bytes
-from .instances import MODEL, Answering, FakeInstance, Received, encode, once, refuse, vllm_error_event
+from .instances import MODEL, Answering, FakeInstance, Received, chat, encode, once, refuse, vllm_error_event
 
 ENGINE = {"engine": "vllm 0.32.0"}
 
@@ -133,6 +133,19 @@ async def test_a_failure_of_the_engine_has_a_status(start: Start, stream: bool) 
     front = await start([pd])
     answer = await front.post(ask("x", stream=stream))
     assert (answer.status, answer.error["type"]) == (500, "InternalServerError")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_at_which_the_engine_has_died_goes_to_another_instance(start: Start, stream: bool) -> None:
+    async def die(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        instance.health_status = 503
+        return await vllm_error_event(instance, request, received)
+
+    pds = [FakeInstance("pd", **ENGINE), FakeInstance("pd", **ENGINE)]
+    once(die, chat, *pds)
+    front = await start([*pds])
+    assert (await front.post(ask("x", stream=stream))).status == 200
+    assert [len(pd.received) for pd in pds] == [1, 1]
 
 
 BUSY = refuse(503, "The engine is currently busy and cannot accept new requests.", kind="Service Unavailable", code=503)

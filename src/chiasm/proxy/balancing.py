@@ -209,9 +209,9 @@ class Balancer:
         for role in roles:
             self._lines[role].advance()
 
-    async def lost(self, instance: Instance, error: ChiasmError) -> None:
-        """Probe an instance whose response has failed."""
-        await self._prober.lost(instance, error)
+    async def lost(self, instance: Instance, error: ChiasmError) -> bool:
+        """Probe an instance whose response has failed; return whether it is healthy all the same."""
+        return await self._prober.lost(instance, error)
 
     async def open(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 
 from aiohttp.abc import AbstractResolver
 
@@ -300,7 +301,12 @@ class Router:
             if job.exchange.has_begun or job.is_error_of_encoders(lost) or not attempts_left:
                 raise lost
             if isinstance(lost, InstanceError) and not lost.is_leaving:
-                raise lost
+                may_be_of_engine = (
+                    lost.status == HTTPStatus.INTERNAL_SERVER_ERROR
+                )  # as vLLM says when its engine has died
+                if not may_be_of_engine or await self._balancer.lost(assignment.instance, lost):
+                    raise lost
+                lost = InstanceLostError(lost.message)
             if not isinstance(lost, InstanceLostError):  # for that, it has been probed already
                 await self._balancer.lost(assignment.instance, lost)
             if self._other_role(job, assignment.instance):

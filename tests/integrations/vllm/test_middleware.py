@@ -94,7 +94,8 @@ class Server:
 
     def __init__(self, vllm: VLLM, *, api_key: list[str] | None = None, **options: Any) -> None:
         arguments = SimpleNamespace(served_model_name=["demo", "other"], model=str(CHECKPOINT), api_key=api_key)
-        self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.config, args=arguments))
+        client = SimpleNamespace(errored=False)
+        self.app = SimpleNamespace(state=SimpleNamespace(vllm_config=vllm.config, args=arguments, engine_client=client))
         self.middleware = ChiasmMiddleware(vllm, **options)
         self.left: list[Message] = []
         """What has not been received of the last request."""
@@ -447,6 +448,13 @@ async def test_an_error_of_a_request_with_embeddings_is_explained() -> None:
     assert answer.headers[b"retry-after"] == b"1"
     other = await server.chat(ask("no image"))
     assert (other.status, other.body) == (500, b"answered")
+
+
+async def test_the_error_of_an_engine_that_has_died_is_vllms_own() -> None:
+    server = Server(VLLM(config(), status=500))
+    server.app.state.engine_client.errored = True
+    answer = await server.chat(ask(sized(96, 96)))
+    assert (answer.status, answer.body) == (500, b"answered")
 
 
 async def test_a_body_in_pieces_arrives_whole() -> None:

@@ -59,8 +59,7 @@ from chiasm.wire import (
 
 _SHOWN_BYTES = 200
 _NO_EMBEDDING = EmbeddingUnavailableError(
-    "An embedding of this request did not arrive in time or could not be used, or vLLM's engine has failed; the log of the "
-    "instance says which."
+    "An embedding of this request did not arrive in time or could not be used; the log of the instance says which."
 )
 _MAX_ORDER_BYTES = 16 << 10
 _WHILE_ENDING = (PLACES_PATH, DRAIN_PATH, LOST_PATH)
@@ -368,12 +367,16 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 def _explained(scope: Scope, receive: Receive, send: Send) -> Send:
-    """Return a ``send`` that explains status 500: vLLM says only "Internal server error" if the connector fails a request."""
+    """Return a ``send`` that explains status 500: vLLM says only "Internal server error" if the connector fails a request.
+
+    If its engine has died, vLLM says so, and the proxy sends the request to another instance.
+    """
     is_replaced = False
 
     async def explained(message: Message) -> None:
         nonlocal is_replaced
-        if message["type"] == "http.response.start" and message["status"] == 500:
+        is_error = message["type"] == "http.response.start" and message["status"] == 500
+        if is_error and not scope["app"].state.engine_client.errored:
             is_replaced = True
             await error_response(_NO_EMBEDDING)(scope, receive, send)
         elif not is_replaced:
