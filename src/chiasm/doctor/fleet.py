@@ -147,7 +147,8 @@ def model(instances: Sequence[Observed]) -> Iterator[Result]:
             f"instances have different checkpoints under {'one name' if one_name else 'different names'}: "
             f"{_listing(fingerprints)} (fingerprints of weights, preprocessing and dtype)",
             why="an instance never finds the embeddings of another checkpoint.",
-            do="give all instances the same checkpoint folder, preprocessor_config.json included, and the same --dtype.",
+            do="give all instances the same checkpoint folder, preprocessor_config.json included, the same --dtype and, "
+            "of vLLM, the same --mm-processor-kwargs.",
         )
     if silent := [one for one in instances if not one.health.fingerprint]:
         yield _MODEL.skipped(
