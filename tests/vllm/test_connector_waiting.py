@@ -82,7 +82,8 @@ def test_what_an_instance_has_to_do_is_told_with_its_health(encoder: Server, pd:
 def test_an_embedding_that_never_comes_fails_its_requests(other_pd: Server) -> None:
     before = other_pd.count("failed_requests")
     with ThreadPoolExecutor(5) as pool:
-        responses = list(pool.map(other_pd.post, [chat(sized(image_bytes(11)), QUESTION)] * 5))
+        bodies = [chat(sized(image_bytes(11)), QUESTION, stream=number % 2 == 0) for number in range(5)]
+        responses = list(pool.map(other_pd.post, bodies))
     assert {response.status_code for response in responses} == {503}
     other_pd.until(lambda: other_pd.count("failed_requests") == before + 5)
     other_pd.until(lambda: "did not arrive within" in other_pd.text())

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -448,6 +448,65 @@ async def test_an_error_of_a_request_with_embeddings_is_explained() -> None:
     assert answer.headers[b"retry-after"] == b"1"
     other = await server.chat(ask("no image"))
     assert (other.status, other.body) == (500, b"answered")
+
+
+ROLE, TOKEN, END = b'data: {"choices": [{"delta": {"role": "assistant"}}]}', b'data: {"choices": []}', b"data: [DONE]"
+FAILURE = b'data: {"error": {"message": "Internal server error", "code": 500}}'
+
+
+class Streaming:
+    """vLLM's application and the client of its engine. A stream begins with the role at the first output, whatever that is."""
+
+    errored, log_stats = False, True
+
+    def __init__(self, *reasons: str | None) -> None:
+        """``reasons`` are why each output is the last."""
+        self._reasons = reasons
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        for reason in self._reasons:
+            times = SimpleNamespace(scheduled_ts=0.0, first_token_ts=0.0, last_token_ts=0.0)
+            yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], metrics=times)
+
+    async def encode(self, *arguments: Any) -> AsyncGenerator[Any, None]:
+        raise NotImplementedError
+        yield
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(line: bytes) -> None:
+            await send({"type": "http.response.body", "body": line, "more_body": line != END})
+
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        is_first = True
+        async for output in self.generate(None, SimpleNamespace(), "chat"):
+            if is_first:
+                await write(ROLE)
+            is_first = False
+            await write(FAILURE if output.outputs[0].finish_reason == "error" else TOKEN)
+        await write(END)
+
+
+async def stream_of(*reasons: str | None) -> Answer:
+    vllm: Any = Streaming(*reasons)
+    vllm.config = config()
+    server = Server(vllm)
+    server.app.state.engine_client = vllm
+    await server.call("GET", "/health")  # before stages are told, since costs are measured then
+    server.middleware._stages.watch(server.app.state)
+    return await server.chat(ask(sized(96, 96), stream=True))
+
+
+async def test_a_stream_whose_first_output_is_a_failure_is_an_error_that_is_explained() -> None:
+    answer = await stream_of("error")
+    assert answer.status == 503
+    assert answer.json["error"]["type"] == "embedding_unavailable_error"
+
+
+async def test_other_streams_pass_untouched() -> None:
+    for reasons, body in (((None, "error"), (ROLE, TOKEN, FAILURE, END)), ((None, "stop"), (ROLE, TOKEN, TOKEN, END))):
+        answer = await stream_of(*reasons)
+        assert (answer.status, answer.body) == (200, b"".join(body))
 
 
 async def test_the_error_of_an_engine_that_has_died_is_vllms_own() -> None:

@@ -38,7 +38,9 @@ def output(
         first_token_ts=AHEAD + first,
         last_token_ts=AHEAD + (first if last is None else last),
     )
-    return SimpleNamespace(metrics=times, prompt_token_ids=[1] * 5, num_cached_tokens=2, ec_transfer_params=params)
+    return SimpleNamespace(
+        metrics=times, outputs=[], prompt_token_ids=[1] * 5, num_cached_tokens=2, ec_transfer_params=params
+    )
 
 
 @dataclass
@@ -262,7 +264,7 @@ async def test_what_comes_before_the_first_token_is_held_back_up_to_a_bound() ->
 
 async def test_a_stream_whose_engine_tells_no_times_comes_as_it_is_made(caplog: pytest.LogCaptureFixture) -> None:
     """Neither one of another version of vLLM, nor one that the engine gives up before it has run."""
-    for first in (SimpleNamespace(metrics=SimpleNamespace()), output(-AHEAD, 4.0)):
+    for first in (SimpleNamespace(outputs=[], metrics=SimpleNamespace()), output(-AHEAD, 4.0)):
         vllm = VLLM(Clock(), [(4.0, first), (5.0, first)], TEXT)
         sent: list[float] = []
         await answer(serve(vllm), vllm, lambda message, now=vllm.clock, to=sent: to.append(now.now))  # type: ignore[misc]
@@ -298,7 +300,7 @@ async def test_a_request_that_failed_before_it_ran_tells_nothing() -> None:
 async def test_what_another_version_of_vllm_has_in_another_way_costs_the_stages_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    vllm = VLLM(Clock(), [(4.0, SimpleNamespace(metrics=SimpleNamespace()))], TEXT)
+    vllm = VLLM(Clock(), [(4.0, SimpleNamespace(outputs=[], metrics=SimpleNamespace()))], TEXT)
     stages = serve(vllm)
     with caplog.at_level(logging.WARNING):
         assert await answer(stages, vllm) == []

@@ -37,7 +37,7 @@ from chiasm.integrations.vllm.membership import Membership
 from chiasm.integrations.vllm.messages import EXPECT_METHOD, PLACE_METHOD, Exchange
 from chiasm.integrations.vllm.named_images import note_named, resolve_stand_ins
 from chiasm.integrations.vllm.shutdown import ServerEnd
-from chiasm.integrations.vllm.stages import Stages
+from chiasm.integrations.vllm.stages import Stages, has_failed
 from chiasm.server.config import ServerConfig
 from chiasm.server.losses import MAX_QUESTION_BYTES, read_question, until_told
 from chiasm.server.places import MAX_PLACES_BYTES, read_places
@@ -367,19 +367,29 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 def _explained(scope: Scope, receive: Receive, send: Send) -> Send:
-    """Return a ``send`` that explains status 500: vLLM says only "Internal server error" if the connector fails a request.
+    """Return a ``send`` that explains an error 500: vLLM says only "Internal server error" if the connector fails a request.
 
-    If its engine has died, vLLM says so, and the proxy sends the request to another instance.
+    vLLM begins the stream of a chat at the first output, even if that is a failure, so the head waits for what comes first. If
+    its engine has died, vLLM says so, and the proxy calls another instance.
     """
+    head: Message | None = None
     is_replaced = False
 
     async def explained(message: Message) -> None:
-        nonlocal is_replaced
-        is_error = message["type"] == "http.response.start" and message["status"] == 500
+        nonlocal head, is_replaced
+        if is_replaced:
+            return
+        is_head = message["type"] == "http.response.start"
+        is_error = message["status"] == 500 if is_head else head is not None and has_failed()
         if is_error and not scope["app"].state.engine_client.errored:
             is_replaced = True
             await error_response(_NO_EMBEDDING)(scope, receive, send)
-        elif not is_replaced:
+        elif is_head:
+            head = message
+        else:
+            if head is not None:
+                await send(head)
+                head = None
             await send(message)
 
     return explained

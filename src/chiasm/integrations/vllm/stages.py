@@ -40,6 +40,12 @@ _current: ContextVar[RequestStages | None] = ContextVar("chiasm_stages", default
 """The request that the code which runs now answers."""
 
 
+def has_failed() -> bool:
+    """Return whether the first output for the request that the code which runs now answers was a failure."""
+    request = _current.get()
+    return request is not None and request.has_failed
+
+
 class Stages:
     """Watches the outputs of one server's engine, and tells stages in the heads of answers. On its event loop."""
 
@@ -150,6 +156,8 @@ class RequestStages:
         self._generations = 0
         self._has_items = self._gets_kv = self._is_pooled = False
         self._handed_over = 0.0
+        self.has_failed = False
+        """Whether the first output was a failure."""
         self._has_output = self._is_stream = False
         self._held: list[Message] | None = []
         """The head, and what follows it before the first output; None once the head is sent."""
@@ -176,7 +184,9 @@ class RequestStages:
 
     def note(self, output: Any, waits: Sequence[Wait], prefill_work: float | None = None) -> None:
         """Note the first output of a prompt, which may be the last as well, and what its engine tells of it."""
-        self._has_output = True
+        is_first, self._has_output = not self._has_output, True
+        if is_first and not self._is_pooled:
+            self.has_failed = any(one.finish_reason == "error" for one in output.outputs)
         times = output.metrics
         if self._entries or not 0 < times.scheduled_ts <= times.first_token_ts <= times.last_token_ts:
             return  # another was first, or it has failed before it ran
