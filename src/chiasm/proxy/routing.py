@@ -301,10 +301,9 @@ class Router:
             if job.exchange.has_begun or job.is_error_of_encoders(lost) or not attempts_left:
                 raise lost
             if isinstance(lost, InstanceError) and not lost.is_leaving:
-                may_be_of_engine = (
-                    lost.status == HTTPStatus.INTERNAL_SERVER_ERROR
-                )  # as vLLM says when its engine has died
-                if not may_be_of_engine or await self._balancer.lost(assignment.instance, lost):
+                # It is what vLLM says when its engine has died.
+                may_have_died = lost.status == HTTPStatus.INTERNAL_SERVER_ERROR
+                if not may_have_died or await self._balancer.lost(assignment.instance, lost):
                     raise lost
                 lost = InstanceLostError(lost.message)
             if not isinstance(lost, InstanceLostError):  # for that, it has been probed already
