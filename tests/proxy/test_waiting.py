@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from chiasm.http.config import HttpConfig
 from chiasm.proxy.waiting import Line
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, listen, until_idle
@@ -387,6 +388,55 @@ async def test_waiting_for_room_ends_with_an_error_that_says_so(start: Start, st
     assert "full" in answer.error["message"]
     assert int(answer.headers["Retry-After"]) >= 1
     await until_idle(front)
+
+
+@pytest.mark.parametrize("who_checks", ["proxy", "instance"])
+async def test_a_key_whose_share_of_the_room_is_taken_keeps_no_other_key_waiting(start: Start, who_checks: str) -> None:
+    """An instance keeps room in its queue for others."""
+    pd, keys = FakeInstance("pd", needs_key=who_checks == "instance"), ("greedy" * 3, "modest" * 3)
+
+    async def share(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        is_greedy = received.headers["Authorization"] == f"Bearer {keys[0]}"
+        return await (FULL if is_greedy else chat)(instance, request, received)
+
+    pd.answer = share
+    front = await start([pd], http=HttpConfig(api_key=keys if who_checks == "proxy" else ()))
+    greedy, modest = ({"Authorization": f"Bearer {key}"} for key in keys)
+    request = asyncio.ensure_future(front.post(ask("x"), **greedy))
+    await until_waiting(front, 1, FOR_ROOM)
+    assert (await front.post(ask("x"), **modest)).status == 200
+    pd.answer = chat
+    assert (await request).status == 200
+
+
+async def test_text_does_not_wait_behind_images_that_only_full_pds_can_take(start: Start) -> None:
+    encoder, pd, aggregated = FakeInstance("encoder"), FakeInstance("pd"), FakeInstance("aggregated")
+    pd.answer = FULL
+    front = await start([encoder, pd], admin_key="k" * 16)
+    images = asyncio.ensure_future(front.post(ask(image(image_bytes()))))
+    await until_waiting(front, 1, FOR_ROOM)
+    await aggregated.start()
+    assert (await front.post({"url": aggregated.url, "role": "aggregated"}, "/instances", **front.admin)).status == 201
+    await front.until(aggregated, "healthy")
+    assert (await front.post(ask("x"))).status == 200
+    pd.answer = chat
+    assert (await images).status == 200
+    await aggregated.kill()
+
+
+async def test_kinds_take_turns_and_those_of_one_kind_come_in_order() -> None:
+    line, turns = Line(), list[str]()
+
+    async def wait(name: str) -> None:
+        await line.wait(name[0])
+        turns.append(name)
+
+    waiting = [asyncio.ensure_future(wait(name)) for name in ("a1", "a2", "a3", "b1", "b2", "c1")]
+    await asyncio.sleep(0)
+    for _ in waiting:
+        line.advance()
+    await asyncio.gather(*waiting)
+    assert turns == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
 async def test_another_refusal_is_for_the_client(start: Start) -> None:

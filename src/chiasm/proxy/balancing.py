@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from types import TracebackType
 
 from chiasm.errors import ChiasmError, Code, ModelNotFoundError, OverloadedError
@@ -230,7 +230,7 @@ class Balancer:
         line = self._lines[assignment.roles[0]]
         full: set[Instance] = set()
         has_had_turn = False
-        if waits_for_room and len(line):
+        if waits_for_room and line.has(_kind(assignment, job)):
             await self._wait_for_room(line, assignment, job)
             has_had_turn = True
         while True:
@@ -272,13 +272,21 @@ class Balancer:
         assignment.release()
         try:
             async with asyncio.timeout(job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS):
-                await line.wait(first=first or job.exchange.has_begun)
+                await line.wait(_kind(assignment, job), first=first or job.exchange.has_begun)
         except TimeoutError:
             raise OverloadedError(
                 f"All {assignment.roles[0]} instances were full until the request's deadline; try again later.",
                 code=Code.TOO_MANY_REQUESTS,
             ) from None
         await self._take(assignment)
+
+
+def _kind(assignment: Assignment, job: Job) -> Hashable:
+    """Return what decides, besides the instances, whether they are full for a request: whose it is, and which may get it."""
+    health = assignment.instance.health
+    checks_keys = not job.client and health is not None and health.needs_key
+    client = job.exchange.headers.get("authorization", "") if checks_keys else job.client
+    return client, job.request.model, assignment.roles
 
 
 def model_not_found(model: str, fleet: Fleet) -> ModelNotFoundError:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from chiasm.errors import Code, OverloadedError
 from chiasm.proxy.fleet import Fleet
@@ -104,30 +104,37 @@ class Comeback:
 
 
 class Line:
-    """Requests that wait for room, first come, first served.
+    """Requests that wait for room: those of one kind are served first come, first served, and kinds take turns.
 
-    Each call that ends lets the first one try again, so many that wait don't keep full instances busy with refusals. There may
-    be room without that, as when an instance has joined. So some try every ``_TRY_SECONDS``: one, and twice as many each time
-    if nobody comes back.
+    What keeps a request out, such as its API key's share of an instance's queue, keeps out all of its kind, but not those of
+    others. Each call that ends lets the first one of a kind try again, so many that wait don't keep full instances busy with
+    refusals. There may be room without that, as when an instance has joined. So some try every ``_TRY_SECONDS``: one, and twice
+    as many each time if nobody comes back.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
+        """By kind; the one that has the next turn comes first."""
         self._timer: asyncio.TimerHandle | None = None
         self._tries = 1
         """How many try when the time has come."""
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
-    async def wait(self, *, first: bool = False) -> None:
+    def has(self, kind: Hashable) -> bool:
+        """Whether a request of this kind waits."""
+        return kind in self._waiting
+
+    async def wait(self, kind: Hashable = None, *, first: bool = False) -> None:
         """Wait for a turn; ``first`` for one that has had its turn, or whose answer has begun."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(kind, deque())
         if first:
-            self._waiting.appendleft(turn)
+            waiting.appendleft(turn)
             self._tries = 1
         else:
-            self._waiting.append(turn)
+            waiting.append(turn)
         self._set_timer()
         try:
             await turn
@@ -136,13 +143,19 @@ class Line:
                 self.advance()  # somebody else's turn now
             raise
         finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            if turn in waiting:
+                waiting.remove(turn)
+                if not waiting:
+                    del self._waiting[kind]
 
     def advance(self) -> None:
-        """Give the first one its turn, because a call has ended."""
+        """Give the next one its turn, because a call has ended."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            kind = next(iter(self._waiting))
+            waiting = self._waiting.pop(kind)
+            turn = waiting.popleft()
+            if waiting:
+                self._waiting[kind] = waiting  # behind the other kinds
             if not turn.done():
                 turn.set_result(None)
                 break
