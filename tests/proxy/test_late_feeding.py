@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
+
+from chiasm.proxy import encoders
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle, when_encoded
 from .instances import FakeInstance, Received, chat, encode, never, refuse
@@ -109,3 +113,27 @@ async def test_an_encoder_that_is_added_gets_images_that_wait(start: Start) -> N
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)
     await other.kill()
+
+
+async def test_images_that_found_no_room_while_the_last_encoder_was_back_wait_as_long_when_it_is_lost_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, pd, later_seconds = FakeInstance("encoder"), FakeInstance("pd"), 0.0
+    monkeypatch.setattr(encoders, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later_seconds))
+    encoder.answer = never
+    front = await start([encoder, pd], wait_for_instance_seconds=1000.0)
+    pd.answer = when_encoded(front, chat, 3)
+    request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS[:3]))))
+    await waiting(front, 1)
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
+    await encoder.kill()
+    await waiting(front, 3)
+    await encoder.start()
+    await waiting(front, 1)
+    await asyncio.wait_for(encoder.arrived.acquire(), 60)
+    later_seconds = 2000.0
+    await encoder.kill()
+    await waiting(front, 3)
+    encoder.answer = encode
+    await encoder.start()
+    assert (await request).status == 200

@@ -95,6 +95,8 @@ class Encoders:
         fleet.listeners.append(self._note_change)
         self._flights: dict[tuple[str, str], Flight] = {}
         """By identifier, and by whose requests share them."""
+        self._stranded_since: dict[Flight, float] = {}
+        """Those that no healthy encoder may get now, and since when that has been so."""
         self._tasks = Tasks()
         self._waking: asyncio.TimerHandle | None = None
 
@@ -189,14 +191,13 @@ class Encoders:
         now = time.monotonic()
         for feed in self._queue.feed(now):
             self._start(Call(feed, [self._flight_of(entry) for entry in feed.entries], now))
-        stranded = self._queue.stranded()
+        stranded = [self._flight_of(entry) for entry in self._queue.stranded()]
+        self._stranded_since = {flight: self._stranded_since.get(flight, now) for flight in stranded}
         is_expected = bool(stranded) and self._comeback.expects(Role.ENCODER)
-        for entry in stranded:
-            flight = self._flight_of(entry)
-            flight.stranded_since = flight.stranded_since or now
+        for flight, since in self._stranded_since.items():
             if not is_expected or self._can_be_encoded_elsewhere(flight):
                 self._settle(flight, none_left(flight))
-            elif now - flight.stranded_since >= self._comeback_seconds:
+            elif now - since >= self._comeback_seconds:
                 self._settle(flight, none_left(flight, self._comeback_seconds))
         self._metrics.items_waiting.set(len(self._queue))
         if self._waking is not None:
@@ -215,7 +216,6 @@ class Encoders:
         for flight in call.flights:
             flight.calls.append(call)
             flight.attempts += 1
-            flight.stranded_since = None
         if not call.is_hedge:
             self._tell(call.instance, call.flights, set().union(*(flight.waiters for flight in call.flights)))
             self._watch(call)

@@ -42,8 +42,6 @@ class Flight:
         self.attempts = 0
         self.has_met_full = False
         """Whether an encoder has refused it for want of room."""
-        self.stranded_since: float | None = None
-        """Since when no healthy encoder may get it."""
         self.fault: ChiasmError | None = None
         """What was wrong at the last encoder that failed: its own error, if it has answered with one."""
 
