@@ -164,7 +164,10 @@ class Membership:
         self._leases[lease.url] = _Held(lease, now)
         self.settle()
         instance = self._fleet.get(lease.url)
-        assert instance is not None
+        if instance is None:  # what another source says of its role comes first
+            refusal = self._refusals[lease.url]
+            self.release(lease.url)
+            raise ConflictError(f"{lease.url} can't be added as another source lists it: {refusal}")
         return instance
 
     def release(self, url: str) -> None:
