@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from .conftest import Start, ask, leave, listen, until_idle
+from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle
 from .instances import (
     WORDS,
     Answering,
@@ -54,6 +54,20 @@ async def test_a_client_that_leaves_before_the_handle_has_come(start: Start) -> 
     p.answer = token_without_handle
     front = await start([p, d])
     await leave(front, ask("x", stream=True), p)
+    assert await released(p) == [p.received[0].lease]
+
+
+async def test_an_encoder_that_refuses_an_image_before_the_handle_has_come(start: Start) -> None:
+    """Prefill may hold KV all the same: it needs no embedding for a prompt that it has computed before."""
+    encoder, p, d = FakeInstance("encoder"), FakeInstance("prefill"), FakeInstance("decode")
+
+    async def refuse_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await p.arrived.acquire()
+        return await refuse(400, "no")(instance, request, received)
+
+    encoder.answer, p.answer = refuse_late, token_without_handle
+    front = await start([encoder, p, d])
+    await front.post(ask(image(image_bytes()), stream=True))
     assert await released(p) == [p.received[0].lease]
 
 

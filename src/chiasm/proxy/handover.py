@@ -114,8 +114,8 @@ class Handover:
                     assignment.note_answer(call.timing, is_whole=not call.is_stream)
                     handle = await self._engine.relay_prefill(call)
             except (InstanceLostError, ResponseCutOffError, InstanceError) as error:
-                if isinstance(error, InstanceError):  # a prompt that failed leaves nothing
-                    self._engine.lease = ""
+                if isinstance(error, InstanceError) and not job.is_error_of_encoders(error):
+                    self._engine.lease = ""  # a prompt that failed leaves nothing
                 raise await self._examine(assignment.instance, error, Reason.PREFILL_LOST) from None
             finally:
                 self._prefill_at = assignment.instance  # a full one gives its place to another
