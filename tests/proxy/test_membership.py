@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -267,15 +268,18 @@ def test_a_lease_of_a_role_that_does_not_go_with_the_fleet_is_refused(members: M
     assert members.membership.lease_of(URL) is None
 
 
-def test_a_lease_for_a_url_that_a_source_lists_with_a_role_that_does_not_go_with_the_fleet_is_refused(
-    members: Members,
+@pytest.mark.parametrize(
+    "come", [lambda one: one.renew(LEASE, 0.0), lambda one: one.add(URL, Role.ENCODER)], ids=["lease", "administrator"]
+)
+def test_what_a_source_before_lists_with_a_role_that_does_not_go_with_the_fleet_is_refused(
+    members: Members, come: Callable[[Membership], Instance]
 ) -> None:
-    members.membership.note_list("file:x", [Listed(OTHER, Role.PREFILL), Listed(URL, Role.PD)])
-    with pytest.raises(ConflictError, match=r"as another source lists it: .*can't be combined with pd instances"):
-        members.membership.renew(LEASE, 0.0)
-    assert members.membership.lease_of(URL) is None
-    members.membership.note_list("file:x", [Listed(OTHER, Role.PREFILL)])
-    assert members.join().role is Role.ENCODER
+    members.membership.note_list(OPTIONS, [Listed(OTHER, Role.PREFILL), Listed(URL, Role.PD)])
+    with pytest.raises(ConflictError, match=r"another source lists comes first: .*can't be combined with pd instances"):
+        come(members.membership)
+    members.membership.note_list(OPTIONS, [Listed(OTHER, Role.PREFILL)])
+    assert members.states.keys() == {OTHER}
+    assert come(members.membership).role is Role.ENCODER
 
 
 def test_an_instance_that_an_administrator_has_removed_joins_again_only_after_a_restart(members: Members) -> None:

@@ -111,10 +111,11 @@ class Membership:
             if url in one.listed and one.listed[url].role is role:
                 one.overruled.discard(url)
         self._lists[ADMIN].listed[url] = Listed(url, role)
-        self.settle()
-        instance = self._fleet.get(url)
-        assert instance is not None
-        return instance
+        try:
+            return self._settled(url)
+        except ConflictError:
+            del self._lists[ADMIN].listed[url]
+            raise
 
     def remove(self, url: str) -> Instance | None:
         """Remove an instance as an administrator says, whoever lists it. Return it, or None if there is none."""
@@ -162,13 +163,11 @@ class Membership:
         if (known is None or known.draining) and (refusal := self._refusal(lease.url, role)):
             raise ConflictError(refusal)
         self._leases[lease.url] = _Held(lease, now)
-        self.settle()
-        instance = self._fleet.get(lease.url)
-        if instance is None:  # what another source says of its role comes first
-            refusal = self._refusals[lease.url]
-            self.release(lease.url)
-            raise ConflictError(f"{lease.url} can't be added as another source lists it: {refusal}")
-        return instance
+        try:
+            return self._settled(lease.url)
+        except ConflictError:
+            del self._leases[lease.url]
+            raise
 
     def release(self, url: str) -> None:
         """Forget a lease: the instance has said that it ends, or another process is at its URL."""
@@ -223,6 +222,16 @@ class Membership:
             self._keep(url, one)
         for url in self._refusals.keys() - wanted.keys():
             del self._refusals[url]
+
+    def _settled(self, url: str) -> Instance:
+        """Return the instance at a URL that was to be added. Raises ConflictError if what other sources list left no way to."""
+        self.settle()
+        instance = self._fleet.get(url)
+        if instance is None:
+            raise ConflictError(
+                f"{url} is not added, because what another source lists comes first: {self._refusals[url]}"
+            )
+        return instance
 
     def _wanted(self) -> dict[str, _Wanted]:
         wanted: dict[str, _Wanted] = {}
