@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -324,3 +326,51 @@ def test_a_membership_that_takes_over_what_another_one_knows_goes_on_as_that_wou
     assert other.states[URL] == "healthy"
     other.look(105.5, 106)
     assert other.states[URL] == "unhealthy"
+
+
+# ---- everything at once ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fleet_becomes_what_is_said_of_it_in_any_order_of_events(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_INSTANCES", 4)
+    chance, members, calls, now = random.Random(seed), Members(), list[Instance](), 0.0
+    fleet, membership, watched = members.fleet, members.membership, set[Instance]()
+    fleet.on_add, fleet.on_remove = watched.add, watched.remove
+    urls = [f"http://10.0.0.{number}:8001" for number in range(6)]
+    for _ in range(400):
+        url, role, now = chance.choice(urls), chance.choice([*Role]), now + chance.choice([0.0, 0.5, 3.0])
+        instance = fleet.get(url)
+        with contextlib.suppress(ConflictError):
+            match chance.choice(["list", "add", "remove", "renew", "release", "look", "call", "end", "answer", "fail"]):
+                case "list":
+                    source, listed = chance.choice([OPTIONS, "file:x", "dns:x:1"]), chance.sample(urls, 3)
+                    found = [Listed(one, chance.choice([*Role]), chance.random() < 0.2) for one in listed]
+                    membership.note_list(source, found, keeps=source == "dns:x:1")
+                case "add":
+                    membership.add(url, role)
+                case "remove":
+                    membership.remove(url)
+                case "renew":
+                    membership.renew(Lease(url=url, role=role, incarnation=chance.choice("ab")), now)
+                case "release":
+                    membership.release(url)
+                case "look":
+                    membership.look(now)
+                case "call" if instance is not None:
+                    fleet.begin(instance, 1.0)
+                    calls.append(instance)
+                case "end" if calls:
+                    fleet.end(calls.pop(0), 1.0)
+                case "answer" if instance is not None:
+                    members.succeed(url, incarnation=chance.choice("ab"))
+                case "fail" if instance is not None:
+                    fleet.fail(instance, "gone", now, says_draining=chance.random() < 0.3)
+        assert watched == set(fleet.instances)
+    for instance in calls:
+        fleet.end(instance, 1.0)
+    for _ in range(2):  # what made way for others is gone, and they are added
+        membership.look(now)
+    wanted = membership._wanted()
+    assert all(one.role is wanted[one.url].role and not one.draining for one in fleet.instances)
+    assert all(membership._refusal(url, wanted[url].role) for url in wanted if fleet.get(url) is None)
