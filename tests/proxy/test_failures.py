@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from typing import Any
 
@@ -13,11 +12,12 @@ from aiohttp import web
 
 from chiasm.proxy.upstream import Call, Upstream
 
-from .conftest import Start, ask, image, image_bytes, leave, until_idle, when_encoded
+from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle, when_encoded
 from .instances import (
     Answering,
     FakeInstance,
     Received,
+    begin_stream,
     chat,
     encode,
     event,
@@ -233,26 +233,31 @@ async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
     assert await front.metric('chiasm_proxy_requests_total{route="/v1/chat/completions",status="200"}') == 2
 
 
-async def test_an_encoding_failure_during_a_stream_ends_it_with_an_error_event(start: Start) -> None:
-    encoder, pd = FakeInstance("encoder"), FakeInstance("pd")
+@pytest.mark.parametrize("fault", ["lost", "refused"])
+async def test_an_encoder_that_fails_during_a_stream_costs_nothing(start: Start, fault: str) -> None:
+    """The PD had the image's prefix in its cache, and needed no embedding."""
+    encoder, pd, has_begun, has_failed = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event(), asyncio.Event()
 
-    async def begin(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(event(""))
-        return await never(instance, request, received)
+    async def go_on(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(event("a "))
+        await has_failed.wait()
+        await response.write(event("cat") + b"data: [DONE]\n\n")
+        return response
 
-    pd.answer, encoder.answer = begin, never
-    front = await start([encoder, pd])
-    async with front.session.post(
-        f"{front.url}/v1/chat/completions", json=ask("x", image(image_bytes()), stream=True)
-    ) as response:
-        assert response.status == 200
-        assert await response.content.readuntil(b"\n\n") == event("")
-        await encoder.kill()
-        rest = await response.read()
-    assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] == "encoder_lost"
-    await asyncio.wait_for(pd.gone.acquire(), 60)
+    async def fail_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await has_begun.wait()
+        return await (lose if fault == "lost" else refuse(400, "no image"))(instance, request, received)
+
+    pd.answer, encoder.answer = go_on, fail_late
+    front = await start([encoder, pd], max_encode_attempts=1)
+    stream = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True), {1: has_begun}))
+    while not await front.metric('chiasm_proxy_items_total{outcome="failed"}'):
+        pass
+    has_failed.set()
+    heard = await stream
+    assert (heard.text, heard.ended, heard.error) == ("a cat", True, None)
+    await until_idle(front)
 
 
 # PD

@@ -214,9 +214,12 @@ class Job:
             self.exchange.release(keep_bytes=keep_bytes)
 
     async def unless_encoding_fails(self, work: Awaitable[_T]) -> _T:
-        """Return what ``work`` gives; if encoding fails first, cancel it and raise the encoders' error."""
+        """Return what ``work`` gives; if encoding fails first, cancel it and raise the encoders' error.
+
+        Once the answer has begun, nothing needs the encoders any more, so their errors end nothing.
+        """
         encoding = self.encoding
-        if encoding is None or (encoding.done() and encoding.exception() is None):
+        if encoding is None or self.embeddings_are_read or (encoding.done() and encoding.exception() is None):
             return await work
         task = asyncio.ensure_future(work)
         try:
