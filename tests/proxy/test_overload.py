@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from aiohttp import web
 
-from .conftest import Images, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat
+from .conftest import Images, Start, ask, image, image_bytes, listen
+from .instances import Answering, FakeInstance, Received, begin_stream, chat, encode, event, refuse
 
 
 async def test_two_hundred_requests_are_all_answered(start: Start) -> None:
@@ -59,3 +60,31 @@ async def test_fetched_media_counts_as_buffered(start: Start, images: Images) ->
     url = await images(image_bytes(size=(2000, 900), format="BMP"))
     assert (await front.post(ask(image(url)))).status == 503
     assert front.service.admission.held_bytes == 0
+
+
+@pytest.mark.parametrize("outcome", [encode, refuse(400, "no image")], ids=["encoded", "refused"])
+async def test_images_that_encoders_still_have_when_a_stream_begins_are_buffered_until_those_have_answered(
+    start: Start, outcome: Answering
+) -> None:
+    encoder, pd, has_begun, is_freed = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event(), asyncio.Event()
+
+    async def go_on(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(event("a "))
+        await is_freed.wait()
+        await response.write(event("cat") + b"data: [DONE]\n\n")
+        return response
+
+    async def answer_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await has_begun.wait()
+        return await outcome(instance, request, received)
+
+    pd.answer, encoder.answer = go_on, answer_late
+    front = await start([encoder, pd])
+    stream = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True), {1: has_begun}))
+    await has_begun.wait()
+    async with asyncio.timeout(30):
+        while front.service.admission.held_bytes:
+            await front.get("/health")
+    is_freed.set()
+    assert (await stream).ended

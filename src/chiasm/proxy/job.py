@@ -210,8 +210,10 @@ class Job:
         self.embeddings_are_read = True
         self.news_of_embeddings.set()
         self.original = None
-        if self.is_encoded:  # otherwise encoders publish again what the instance had, and their calls need the images
+        if self.encoding is None or self.is_encoded:
             self.exchange.release(keep_bytes=keep_bytes)
+        else:  # encoders publish again what the instance had, and until then their calls need the images
+            self.encoding.add_done_callback(lambda done: self.exchange.release(keep_bytes=keep_bytes))
 
     async def unless_encoding_fails(self, work: Awaitable[_T]) -> _T:
         """Return what ``work`` gives; if encoding fails first, cancel it and raise the encoders' error.
