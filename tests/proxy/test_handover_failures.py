@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, leave, listen, until_idle
+from chiasm.proxy import encoders
+
+from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, leave, listen, until_idle, when_encoded
 from .instances import (
     SAID,
     WORDS,
@@ -20,6 +22,7 @@ from .instances import (
     break_off,
     decode,
     decode_until,
+    encode,
     end_of_stream,
     event,
     full,
@@ -595,6 +598,33 @@ async def test_an_image_is_encoded_once_though_its_prompt_is_prefilled_twice(sta
     names = {received.identifiers[0] for received in (*received_by(ps), *d.received)}
     assert len(received_by(ps)) == 2
     assert names == set(encoder.received[0].identifiers)
+
+
+async def test_an_image_that_an_encoder_still_has_is_not_given_up_when_its_prompt_is_prefilled_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first prefill instance had the prompt in its prefix cache, and the second needs the embedding."""
+    monkeypatch.setattr(encoders, "_AFTER_ANSWER_SECONDS", 0.0)
+    encoder, ps, d = FakeInstance("encoder"), instances("prefill", 2), FakeInstance("decode")
+    is_needed = asyncio.Event()
+
+    async def encode_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await is_needed.wait()
+        return await encode(instance, request, received)
+
+    async def need_it(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        for _ in range(3):  # so that the proxy would have given it up
+            await front.get("/health")
+        is_needed.set()
+        return await when_encoded(front, prefill)(instance, request, received)
+
+    encoder.answer = encode_late
+    once(prefill, need_it, *ps)
+    once(kv_unavailable, decode, d)
+    front = await start([encoder, *ps, d])
+    assert (await listen(front, ask("x", image(image_bytes()), stream=True))).text == SAID
+    assert len(encoder.received) == 1
+    await until_idle(front)
 
 
 async def test_an_encoder_that_stops_does_not_cause_another_prefill(start: Start) -> None:

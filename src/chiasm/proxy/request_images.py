@@ -147,9 +147,11 @@ class RequestImages:
 
     async def watch_again(self, job: Job) -> None:
         """Watch over the embeddings of a prompt that is or may be computed again, if its images were freed before."""
-        if job.encoding is not None and job.embeddings_are_read:
+        if job.encoding is None or not job.embeddings_are_read:
+            return
+        job.embeddings_are_read = False
+        if job.is_encoded or job.encoding.done():  # otherwise encoders still have the images
             await job.end_encoding()
-            job.embeddings_are_read = False
             job.encoding = asyncio.ensure_future(self._lost_embeddings.recover((), job))
 
     async def _encode(self, items: tuple[Item, ...], job: Job, on_embedded: Callable[[], None]) -> None:
