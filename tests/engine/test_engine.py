@@ -420,6 +420,16 @@ async def test_a_stop_token_ends_the_answer(start: Start) -> None:
     assert answer.last.stop_reason == stop
 
 
+async def test_the_text_of_a_stop_token_can_be_kept(start: Start) -> None:
+    instance = start(Role.AGGREGATED)
+    whole = await instance.ask("hello")
+    stop = whole.token_ids[3]
+    up_to_stop = await instance.ask("hello", max_tokens=whole.token_ids.index(stop) + 1)
+    answer = await instance.ask("hello", stop_token_ids=(stop,), include_stop_str_in_output=True)
+    assert answer.text == up_to_stop.text
+    assert (answer.last.finish_reason, answer.last.stop_reason) == ("stop", stop)
+
+
 async def test_logprobs_come_with_each_token(start: Start) -> None:
     answer = await start(Role.AGGREGATED).ask("hello", logprobs=2)
     assert [token.token_id for token in answer.logprobs] == answer.token_ids

@@ -171,18 +171,20 @@ class Choice:
     def _add(self, token_id: int, number: int) -> _Addition:
         """Add output token ``number``, counted from 1. Each is added once, in order."""
         params = self._request.sampling
-        enough = number >= params.min_tokens
-        if enough and not params.ignore_eos and token_id in self._eos_token_ids:
-            text, stop = self._detokenizer.finish()
-            return _Addition(text, "stop", stop)
-        if enough and token_id in params.stop_token_ids:
-            text, stop = self._detokenizer.finish()
-            return _Addition(text, "stop", token_id if stop is None else stop)
-        text, stop = self._detokenizer.add(token_id)
-        if stop is None and (number >= params.max_tokens or self.sequence.num_prompt + number >= self._max_model_len):
+        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
+        is_stop = number >= params.min_tokens and (is_eos or token_id in params.stop_token_ids)
+        is_last = is_stop or number >= params.max_tokens or self.sequence.num_prompt + number >= self._max_model_len
+        text, stop = TextStep("", None)
+        if not is_stop or params.include_stop_str_in_output:
+            text, stop = self._detokenizer.add(token_id)
+        if is_last and stop is None:
             rest, stop = self._detokenizer.finish()
-            return _Addition(text + rest, "length" if stop is None else "stop", stop)
-        return _Addition(text) if stop is None else _Addition(text, "stop", stop)
+            text += rest
+        if stop is not None:
+            return _Addition(text, "stop", stop)
+        if is_stop:
+            return _Addition(text, "stop", None if is_eos else token_id)
+        return _Addition(text, "length" if is_last else None)
 
     def _output(
         self,
