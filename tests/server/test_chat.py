@@ -208,6 +208,19 @@ def test_messages_reach_the_template(pd: Served) -> None:
     assert options["add_generation_prompt"] is True
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_what_the_assistant_thought_reaches_the_template_under_both_names(pd: Served, name: str) -> None:
+    messages = [
+        *HI,
+        {"role": "assistant", "content": "Yes.", name: "Is it?"},
+        {"role": "user", "content": "sure?", name: "x"},
+    ]
+    assert post(pd.chat, {"messages": messages}).status == 200
+    _, answer, question = pd.engine.processor.rendered[0][0]
+    assert answer == {"role": "assistant", "content": "Yes.", "reasoning": "Is it?", "reasoning_content": "Is it?"}
+    assert question == {"role": "user", "content": "sure?"}
+
+
 def test_calls_of_earlier_turns_may_have_nulls(pd: Served) -> None:
     call = {"index": 0, "id": None, "type": None, "function": {"name": "f", "arguments": None}}
     messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "2"}]

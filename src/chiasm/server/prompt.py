@@ -112,6 +112,9 @@ def _template_message(message: ChatMessage, size: JsonSize) -> Message:
         result["name"] = message.name
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
+    reasoning = message.reasoning_content if message.reasoning is None else message.reasoning
+    if message.role == "assistant" and reasoning is not None:
+        result |= {"reasoning": reasoning, "reasoning_content": reasoning}
     if message.tool_calls:
         result["tool_calls"] = [_template_call(call, size) for call in message.tool_calls]
     return result

@@ -184,6 +184,10 @@ class ChatMessage(msgspec.Struct):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
+    reasoning: str | None = None
+    """What the assistant thought before it answered; templates of models that reason may show it."""
+    reasoning_content: str | None = None
+    """An older name for it, which many clients still use."""
     tool_calls: list[CallInMessage] | None = None
     tool_call_id: str | None = None
 
