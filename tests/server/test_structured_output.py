@@ -272,6 +272,14 @@ def _call(arguments: str) -> dict[str, Any]:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "paint"}}}, "tool_choice", "paint"),
         ({"tools": TOOLS, "tool_choice": "perhaps"}, "tool_choice", "required"),
         ({"tool_choice": "required"}, "tool_choice", "empty"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}},
+            },
+            "tool_choice",
+            "no tool",
+        ),
         ({"tools": [_tool(description="long " * 60_000)]}, "tools", "context"),
         ({"functions": [{"name": "f"}]}, "functions", "tools"),
         ({"guided_json": {"type": "object"}}, "guided_json", "structured_outputs"),

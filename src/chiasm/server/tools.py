@@ -81,6 +81,10 @@ def tools_of(request: ChatRequest, tool_format: ToolFormat | None) -> Tools | No
     if doubles := {name for name in names if names.count(name) > 1}:
         raise InvalidRequestError(f"tools has several functions with the name {min(doubles)!r}.", param="tools")
     mode, chosen = _choice(request.tool_choice)
+    if chosen == []:
+        raise InvalidRequestError(
+            "tool_choice allows no tool; name those that it allows, or send 'none'.", param="tool_choice"
+        )
     if not functions and (mode == "required" or chosen is not None):
         raise InvalidRequestError("tool_choice names or requires a tool, but tools is empty.", param="tool_choice")
     if not functions or mode == "none":
