@@ -55,6 +55,17 @@ def test_calls_are_found_in_one_piece_and_character_by_character(
         assert _parsed([*pieces, *parser.finish()]) == expected
 
 
+def test_behind_the_beginning_of_an_answer_a_call_is_text_where_calls_come_first() -> None:
+    json_with_call = json.dumps({"how": _call("f", "{}")})
+    for answer in (json_with_call, " " + json_with_call, "<tool" + json_with_call):
+        for size in (1, 3, len(answer)):
+            parser = ToolCallParser(HERMES, after_text=False)
+            pieces = [one for start in range(0, len(answer), size) for one in parser.add(answer[start : start + size])]
+            assert _parsed([*pieces, *parser.finish()]) == (answer, [])
+    parser = ToolCallParser(HERMES, after_text=False)
+    assert _parsed(parser.add(_call("f", NASTY) + "\n" + _call("g", "{}"))) == ("", [("f", NASTY), ("g", "{}")])
+
+
 def test_text_is_told_as_soon_as_it_cannot_begin_a_call() -> None:
     parser = ToolCallParser(HERMES)
     assert parser.add("a <") == ["a"]

@@ -189,6 +189,22 @@ def test_an_answer_ends_with_its_calls_only_if_no_stop_string_cuts_off_the_last(
     assert events[-1]["choices"][0]["finish_reason"] == reason
 
 
+def test_what_looks_like_a_call_in_a_structured_answer_is_text(pd: Served) -> None:
+    answer = json.dumps({"how": WRITTEN})
+
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        for letter in answer:
+            yield pd.engine.output(request, letter)
+        yield pd.engine.output(request, "", finish_reason="stop")
+
+    pd.engine.script = script
+    body = {"messages": HI, "tools": TOOLS, "response_format": {"type": "json_object"}}
+    choice = post(pd.chat, body).json["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (answer, "stop")
+    events = post(pd.chat, body | {"stream": True}).events[:-1]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == answer
+
+
 def test_what_looks_like_a_call_is_text_without_tools(pd: Served) -> None:
     async def script(request: GenerateRequest) -> AsyncIterator[Output]:
         yield pd.engine.output(request, WRITTEN, finish_reason="stop")

@@ -29,7 +29,7 @@ from chiasm.server.prefill_decode import AnswerPart, answer_part, engine_request
 from chiasm.server.prompt import chat_prompt, check_messages, completion_prompt, given_prompts
 from chiasm.server.protocol import ChatRequest, CompletionRequest, GenerationFields, StreamOptions, decode
 from chiasm.server.sampling import cache_salt, check_answers, num_choices, sampling_params
-from chiasm.server.structured_output import grammar_of
+from chiasm.server.structured_output import grammar_of, is_free
 from chiasm.server.tool_answer import ToolChatFormat
 from chiasm.server.tools import tools_of
 from chiasm.wire import Role
@@ -79,7 +79,7 @@ async def chat_completions(context: ServerContext, exchange: Exchange) -> None:
     request.messages = []
     request.tools = None
     exchange.release()
-    answer_format = partial(ToolChatFormat, tools.format) if tools else ChatFormat
+    answer_format = partial(ToolChatFormat, tools.format, after_text=is_free(request)) if tools else ChatFormat
     del tools
     await _answer(context, exchange, engine, answer_format, request, part, requests)
 

@@ -35,6 +35,12 @@ class _Answer(NamedTuple):
     """A whole grammar of the client's."""
 
 
+def is_free(request: GenerationFields) -> bool:
+    """Whether an answer without calls may be any text."""
+    wants_text = request.response_format is None or request.response_format.type == "text"
+    return wants_text and request.structured_outputs is None
+
+
 async def grammar_of(
     context: ServerContext,
     exchange: Exchange,
@@ -46,8 +52,7 @@ async def grammar_of(
 
     Raises InvalidRequestError for a schema or a grammar that is malformed or too complex, and DeadlineExceededError.
     """
-    wants_text = request.response_format is None or request.response_format.type == "text"
-    if wants_text and request.structured_outputs is None and tools is None:
+    if is_free(request) and tools is None:
         return None
     async with exchange.until_deadline():
         return await context.with_grammars(engine.processor, lambda compiler: _compiled(compiler, request, tools))

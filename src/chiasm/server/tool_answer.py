@@ -24,9 +24,12 @@ _encode = msgspec.json.Encoder().encode
 class ToolChatFormat(ChatFormat):
     """``chat.completion`` and ``chat.completion.chunk``, with the calls that are found in the text."""
 
-    def __init__(self, tool_format: ToolFormat, *args: Any, num_choices: int, **kwargs: Any) -> None:
+    def __init__(
+        self, tool_format: ToolFormat, *args: Any, num_choices: int, after_text: bool = True, **kwargs: Any
+    ) -> None:
+        """``after_text``: calls may begin behind text."""
         super().__init__(*args, num_choices=num_choices, **kwargs)
-        self._parsers = [ToolCallParser(tool_format) for _ in range(num_choices)]
+        self._parsers = [ToolCallParser(tool_format, after_text=after_text) for _ in range(num_choices)]
 
     def choice(self, index: int, choice: ChoiceState) -> ChatChoice:
         parser = self._parsers[index]

@@ -39,10 +39,12 @@ Piece = str | CallBegins | Arguments
 class ToolCallParser:
     """The calls of one answer."""
 
-    def __init__(self, tool_format: ToolFormat) -> None:
+    def __init__(self, tool_format: ToolFormat, *, after_text: bool = True) -> None:
+        """``after_text``: a call may begin behind text. Otherwise an answer that doesn't begin with a call has none."""
         self._trigger = tool_format.trigger
         self._end = tool_format.end.strip()
-        self._state: Literal["text", "head", "arguments", "tail"] = "text"
+        self._after_text = after_text
+        self._state: Literal["text", "no call", "head", "arguments", "tail"] = "text"
         self._pending = ""
         self._depth = 0
         self._in_string = False
@@ -72,6 +74,8 @@ class ToolCallParser:
         match self._state:
             case "text":
                 return self._take_text(pieces)
+            case "no call":
+                return self._take_all(pieces)
             case "head":
                 if (head := _HEAD.match(self._pending)) is None:
                     return False
@@ -90,6 +94,9 @@ class ToolCallParser:
         return True
 
     def _take_text(self, pieces: list[Piece]) -> bool:
+        if not (self._after_text or self.num_calls or self._may_begin_call()):
+            self._state = "no call"
+            return True
         place = self._pending.find(self._trigger)
         before = self._pending[:place] if place >= 0 else self._pending[: len(self._pending) - self._begun()]
         text = before.rstrip()  # white space before a call is not part of the answer
@@ -101,6 +108,17 @@ class ToolCallParser:
         self._pending = self._pending[place + len(self._trigger) :]
         self._state = "head"
         return True
+
+    def _take_all(self, pieces: list[Piece]) -> bool:
+        if self._pending:
+            pieces.append(self._pending)
+            self._pending = ""
+        return False
+
+    def _may_begin_call(self) -> bool:
+        """Whether what is pending begins with a trigger, or with the beginning of one."""
+        text = self._pending.lstrip()
+        return text.startswith(self._trigger) or self._trigger.startswith(text)
 
     def _begun(self) -> int:
         """Return the length of the longest suffix of what is pending that begins a trigger."""
