@@ -60,7 +60,7 @@ def test_a_stream_has_the_name_first_and_then_pieces_of_the_arguments(demo: Demo
     assert calls[0].id
     assert calls[0].type == "function"
     assert calls[0].function
-    assert (calls[0].function.name, calls[0].function.arguments) == ("draw", "")
+    assert calls[0].function.name == "draw"
     assert all(call.index == 0 and not call.id and call.function and not call.function.name for call in calls[1:])
     assert len(calls) > 2
     Shape.model_validate_json("".join(call.function.arguments or "" for call in calls if call.function))
@@ -231,3 +231,21 @@ def test_decode_goes_on_where_prefill_stopped_in_the_middle_of_a_call(decode: Se
     arguments = WRITTEN.removeprefix(HERMES.opening("draw")).removesuffix(HERMES.closing)
     assert "".join(call["function"]["arguments"] for call in calls) == arguments[5:]
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_what_a_token_adds_to_a_stream_is_one_event(decode: Served) -> None:
+    """A stream may break off behind any event, and goes on elsewhere behind the last token that was announced."""
+    handle = HANDLE | {"output_token_ids": decode.engine.processor.tokenizer.encode("<").ids, "num_sent": 1}
+
+    async def script(request: GenerateRequest) -> AsyncIterator[Output]:
+        yield replace(decode.engine.output(request, "<"), already_sent=True)
+        for letter in WRITTEN[1:]:
+            yield decode.engine.output(request, letter)
+        yield decode.engine.output(request, "", finish_reason="stop")
+
+    decode.engine.script = script
+    body = {"messages": HI, "tools": TOOLS, "stream": True, "kv_transfer_params": handle | {"continues": True}}
+    events = post(decode.chat, body).body.decode().split("\n\n")
+    pieces = [event for event in events if '"finish_reason":null' in event]
+    assert pieces
+    assert all(event.startswith(": tokens ") for event in pieces)

@@ -173,8 +173,11 @@ class AnswerFormat(ABC):
         """Return the last event of a choice, and before it what was held back."""
         return self._last_event(index, reason, stop_reason, usage)
 
-    def _last_event(self, index: int, reason: str, stop_reason: int | str | None, usage: Usage | None) -> bytes:
-        head, ending = self._opens[index] + self.without_text, self._ending(usage)
+    def _last_event(
+        self, index: int, reason: str, stop_reason: int | str | None, usage: Usage | None, rest: bytes = b""
+    ) -> bytes:
+        """``rest`` stands in place of ``without_text`` if it has text that was held back."""
+        head, ending = self._opens[index] + (rest or self.without_text), self._ending(usage)
         return b'%b"finish_reason":%b,"stop_reason":%b}]%b' % (head, _encode(reason), _encode(stop_reason), ending)
 
     def usage(self, usage: Usage) -> bytes:

@@ -62,28 +62,21 @@ class ToolChatFormat(ChatFormat):
         text_offsets: Sequence[int],
         usage: Usage | None,
     ) -> bytes:
-        deltas = [_delta(piece) for piece in self._parsers[index].add(text)]
-        if not deltas and logprobs is None:
+        # One event, whatever a token adds: an answer that is continued elsewhere goes on behind whole tokens.
+        delta = _delta(self._parsers[index].add(text))
+        if not delta and logprobs is None:
             return b""
-        written = self.written_logprobs(logprobs, text_offsets)
-        # The log probabilities stand in the first event, since a token may belong to several.
-        return b"".join(
-            self._event(index, delta, b"null" if number else written, usage)
-            for number, delta in enumerate(deltas or [b"{}"])
+        return b'%b"delta":%b,"logprobs":%b,"finish_reason":null}]%b' % (
+            self._opens[index],
+            _encode(delta),
+            self.written_logprobs(logprobs, text_offsets),
+            self._ending(usage),
         )
 
     def finish(self, index: int, reason: FinishReason, stop_reason: int | str | None, usage: Usage | None) -> bytes:
         parser = self._parsers[index]
-        rest = b"".join(self._event(index, _delta(piece), b"null", usage) for piece in parser.finish())
-        return rest + self._last_event(index, _reason(reason, parser), stop_reason, usage)
-
-    def _event(self, index: int, delta: bytes, logprobs: bytes, usage: Usage | None) -> bytes:
-        return b'%b"delta":%b,"logprobs":%b,"finish_reason":null}]%b' % (
-            self._opens[index],
-            delta,
-            logprobs,
-            self._ending(usage),
-        )
+        rest = b'"delta":%b,"logprobs":null,' % _encode(_delta(parser.finish()))
+        return self._last_event(index, _reason(reason, parser), stop_reason, usage, rest)
 
 
 def _reason(reason: Any, parser: ToolCallParser) -> Any:
@@ -91,11 +84,17 @@ def _reason(reason: Any, parser: ToolCallParser) -> Any:
     return "tool_calls" if reason == "stop" and parser.is_complete else reason
 
 
-def _delta(piece: Piece) -> bytes:
-    match piece:
-        case CallBegins(call, call_id, name):
-            function = {"name": name, "arguments": ""}
-            return _encode({"tool_calls": [{"index": call, "id": call_id, "type": "function", "function": function}]})
-        case Arguments(call, text):
-            return _encode({"tool_calls": [{"index": call, "function": {"arguments": text}}]})
-    return _encode({"content": piece})
+def _delta(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Return what pieces add to a message, with one entry for each call."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        match piece:
+            case CallBegins(call, call_id, name):
+                function = {"name": name, "arguments": ""}
+                calls[call] = {"index": call, "id": call_id, "type": "function", "function": function}
+            case Arguments(call, text):
+                calls.setdefault(call, {"index": call, "function": {"arguments": ""}})["function"]["arguments"] += text
+            case text:
+                delta["content"] = delta.get("content", "") + text
+    return {**delta, "tool_calls": list(calls.values())} if calls else delta
