@@ -97,6 +97,32 @@ def test_what_a_schema_does_not_name_stays_out_unless_it_allows_it(demo: Demo) -
     assert json.loads(choice["message"]["content"]) == {"a": {"b": 1}}
 
 
+_X: dict[str, Any] = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"]}
+_Y: dict[str, Any] = {"type": "object", "properties": {"y": {"enum": [2]}}, "required": ["y"]}
+_REF_X = {"$ref": "#/$defs/x"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [_REF_X, _Y]},
+        {**_Y, **_REF_X},
+        {**_Y, "anyOf": [_REF_X]},
+        {"allOf": [_Y], "oneOf": [_X]},
+        {"allOf": [{"$ref": "#/$defs/alternatives"}, _Y]},
+        {"type": "object", "properties": _Y["properties"], "required": ["y", "x"]},
+    ],
+    ids=["allOf", "$ref", "anyOf", "allOf and oneOf", "by way of another", "required, but not named"],
+)
+def test_an_object_has_all_properties_that_any_part_of_its_schema_requires(demo: Demo, schema: dict[str, Any]) -> None:
+    choice = demo.choice(
+        response_format=json_schema({**schema, "$defs": {"x": _X, "alternatives": {"anyOf": [_REF_X]}}})
+    )
+    answer = json.loads(choice["message"]["content"])
+    assert answer["y"] == 2
+    assert "x" in answer
+
+
 @pytest.mark.parametrize(
     ("outputs", "pattern"),
     [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from chiasm.errors import Code, InvalidRequestError
 
@@ -13,7 +14,8 @@ MAX_DEPTH = 64
 _WHITE_SPACE = " "
 """What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
+_PARTS = ("allOf", "anyOf", "oneOf")
+_SCHEMA_LISTS = (*_PARTS, "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "additionalItems", "contains")
 _SAYS_WHAT_ELSE = (
     "additionalProperties",
@@ -41,7 +43,7 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
     # oneOf means anyOf here: a grammar can't count how many alternatives fit.
     options: dict[str, object] = {"lenient": not strict, "coerce_one_of": True}
     options |= {"whitespace_pattern": _WHITE_SPACE} if any_space else {"whitespace_flexible": False}
-    return "%json " + json.dumps({**_closed(schema), "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps({**_closed(schema, _shared(schema)), "x-guidance": options}, ensure_ascii=False)
 
 
 def check_depth(value: object, name: str, *, param: str) -> None:
@@ -60,24 +62,75 @@ def check_depth(value: object, name: str, *, param: str) -> None:
     raise InvalidRequestError(f"{name} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param)
 
 
-def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _closed(schema: Mapping[str, Any], shared: Collection[int]) -> dict[str, Any]:
     """Return the schema with ``additionalProperties: false`` in each object that names its properties and says no more.
 
-    Parts of ``allOf`` and of negations stay as they are, since there it would forbid the properties of the other parts.
+    Those in ``shared`` stay as they are, and so do negations.
     """
     closed: dict[str, Any] = dict(schema)
     for key in _SCHEMAS_BY_NAME:
         if isinstance(named := closed.get(key), dict):
-            closed[key] = {name: _closed(value) if isinstance(value, dict) else value for name, value in named.items()}
+            closed[key] = {
+                name: _closed(value, shared) if isinstance(value, dict) else value for name, value in named.items()
+            }
     for key in _SCHEMA_LISTS:
         if isinstance(several := closed.get(key), list):
-            # Beside properties, alternatives add to them.
-            closed[key] = [
-                _closed(value) if isinstance(value, dict) and "properties" not in schema else value for value in several
-            ]
+            closed[key] = [_closed(value, shared) if isinstance(value, dict) else value for value in several]
     for key in _SCHEMAS:
         if isinstance(one := closed.get(key), dict):
-            closed[key] = _closed(one)
-    if isinstance(closed.get("properties"), dict) and not any(key in closed for key in _SAYS_WHAT_ELSE):
+            closed[key] = _closed(one, shared)
+    if id(schema) not in shared and _names_all(schema) and not any(key in closed for key in _SAYS_WHAT_ELSE):
         closed["additionalProperties"] = False
     return closed
+
+
+def _names_all(schema: Mapping[str, Any]) -> bool:
+    """Whether the properties that the schema names can be all that an object has: those that it requires are among them."""
+    properties, required = schema.get("properties"), schema.get("required")
+    return isinstance(properties, dict) and not (
+        isinstance(required, list) and any(isinstance(name, str) and name not in properties for name in required)
+    )
+
+
+def _shared(schema: Mapping[str, Any]) -> set[int]:
+    """Return by ``id`` the parts of a schema that describe an object together with other parts, which have properties too.
+
+    To forbid others in one of them would forbid those of the other parts. Such are the parts of ``allOf``, or alternatives or a
+    ``$ref`` beside properties.
+    """
+    seen: set[tuple[int, bool]] = set()
+    left: list[tuple[object, bool]] = [(schema, False)]
+    while left:
+        one, is_shared = left.pop()
+        if isinstance(one, list):
+            left += [(item, is_shared) for item in one]
+        if not isinstance(one, dict) or (id(one), is_shared) in seen:
+            continue
+        seen.add((id(one), is_shared))
+        shares = is_shared or _num_parts(one) > 1
+        for key, value in one.items():
+            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                left += [(item, False) for item in value.values()]
+            elif key == "$ref" and isinstance(value, str) and shares:
+                left.append((_at(schema, value), True))
+            else:
+                left.append((value, shares and key in _PARTS))
+    return {one for one, is_shared in seen if is_shared}
+
+
+def _num_parts(schema: Mapping[str, Any]) -> int:
+    """Return how many parts of it may name properties of one object."""
+    all_of = schema.get("allOf")
+    others = sum(key in schema for key in ("properties", "patternProperties", "$ref", "anyOf", "oneOf"))
+    return others + (len(all_of) if isinstance(all_of, list) else 0)
+
+
+def _at(schema: object, ref: str) -> object:
+    """Return what a ``$ref`` names within the schema; None if that is nothing."""
+    for step in unquote(ref).removeprefix("#").split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list) and name.isdecimal() and int(name) < len(schema):
+            schema = schema[int(name)]
+        else:
+            schema = schema.get(name) if isinstance(schema, dict) else None
+    return schema
