@@ -248,6 +248,16 @@ for _ in range(100):
 _MANY = {"type": "object", "properties": {f"a-rather-long-name-{number}": SCHEMA for number in range(2000)}}
 
 
+def _chain(links: int) -> dict[str, Any]:
+    """A schema that is as deep as it has references."""
+    links_by_name = {f"d{number}": {"items": {"$ref": f"#/$defs/d{number + 1}"}} for number in range(links)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links_by_name, f"d{links}": {"enum": [1]}}}
+
+
+def _rules(links: int) -> str:
+    return "\n".join(["start: r0", *(f"r{number}: r{number + 1}" for number in range(links)), f'r{links}: "a"'])
+
+
 def _tool(name: str = "f", **function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **function}}
 
@@ -267,6 +277,14 @@ def _call(arguments: str) -> dict[str, Any]:
         ({"response_format": json_schema({"enum": []})}, "response_format", "Unsatisfiable"),
         ({"response_format": json_schema(_DEEP)}, "response_format", "64 levels"),
         ({"response_format": json_schema(_MANY)}, "response_format", "limit"),
+        ({"response_format": json_schema(_chain(9000))}, "response_format", "8192 levels"),
+        ({"structured_outputs": {"json": _chain(9000)}}, "structured_outputs", "8192 levels"),
+        ({"structured_outputs": {"grammar": _rules(9000)}}, "structured_outputs", "8192 rules"),
+        (
+            {"tools": [_tool(parameters={"properties": {"x": {"$ref": "#/$defs/d0"}}, **_chain(9000)})]},
+            "tools",
+            "8192 levels",
+        ),
         (
             {"response_format": json_schema({"type": "array", "uniqueItems": True}, strict=True)},
             "response_format",
@@ -327,6 +345,12 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(
     assert says in reply.error["message"]
     assert reply.error["message"].endswith(".")
     assert "\n" not in reply.error["message"]
+
+
+@pytest.mark.parametrize("outputs", [{"json": _chain(2600)}, {"grammar": _rules(8000)}], ids=["schema", "grammar"])
+def test_a_grammar_as_deep_as_one_may_be_leaves_the_instance_alive(demo: Demo, outputs: dict[str, Any]) -> None:
+    assert demo.post(structured_outputs=outputs, max_tokens=1).status in (200, 400)
+    assert demo.post(max_tokens=1).status == 200
 
 
 def test_a_pattern_that_grows_too_complex_costs_its_own_request_only(

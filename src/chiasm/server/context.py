@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 State = Literal["starting", "ok", "failed", "draining"]
 _T = TypeVar("_T")
 _SHOWN_CHARACTERS = 200
+_GRAMMAR_STACK_BYTES = 128 << 20
+"""The compiler takes up to 6 KiB for each of the levels that a grammar may have. Only what is used takes memory."""
 
 
 @runtime_checkable
@@ -296,7 +299,13 @@ class ServerContext:
                 self._grammars = GrammarCompiler(processor)
             return function(self._grammars)
 
-        return await asyncio.get_running_loop().run_in_executor(self._grammar_pool, call)
+        usual = threading.stack_size(_GRAMMAR_STACK_BYTES)
+        try:
+            # This starts the thread, the first time.
+            called = asyncio.get_running_loop().run_in_executor(self._grammar_pool, call)
+        finally:
+            threading.stack_size(usual)
+        return await called
 
 
 def _stopping() -> OverloadedError:

@@ -11,6 +11,9 @@ from chiasm.errors import Code, InvalidRequestError
 
 MAX_DEPTH = 64
 """How deep JSON may be nested that is read level by level: in schemas, and in what is given to chat templates."""
+MAX_LEVELS = 8192
+"""How many levels a grammar may have in all, where one leads to the next by a reference: its compiler enters each from the one
+before, and a thread whose stack is full ends the process."""
 _WHITE_SPACE = " "
 """What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -40,6 +43,7 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
             f"{param} needs a JSON schema that is an object.", param=param, code=Code.INVALID_GRAMMAR
         )
     check_depth(schema, param, param=param)
+    _check_levels(schema, param)
     # oneOf means anyOf here: a grammar can't count how many alternatives fit.
     options: dict[str, object] = {"lenient": not strict, "coerce_one_of": True}
     options |= {"whitespace_pattern": _WHITE_SPACE} if any_space else {"whitespace_flexible": False}
@@ -60,6 +64,34 @@ def check_depth(value: object, name: str, *, param: str) -> None:
             return
         level = inner
     raise InvalidRequestError(f"{name} has JSON that is nested more than {MAX_DEPTH} levels deep.", param=param)
+
+
+def _check_levels(schema: Mapping[str, Any], param: str) -> None:
+    """Raise InvalidRequestError if a schema and all that its references name have too many levels together."""
+    left: list[object] = [schema]
+    seen: set[int] = set()
+    levels = 0
+    while left:
+        level = [left.pop()]
+        while level and levels <= MAX_LEVELS:
+            levels += 1
+            inner: list[object] = []
+            for one in level:
+                if isinstance(one, dict):
+                    inner += one.values()
+                    if isinstance(ref := one.get("$ref"), str) and id(target := _at(schema, ref)) not in seen:
+                        seen.add(id(target))
+                        left.append(target)
+                elif isinstance(one, list):
+                    inner += one
+            level = inner
+        if levels > MAX_LEVELS:
+            raise InvalidRequestError(
+                f"{param} has a schema of more than {MAX_LEVELS} levels, with those to which its references lead; send smaller "
+                "schemas.",
+                param=param,
+                code=Code.INVALID_GRAMMAR,
+            )
 
 
 def _closed(schema: Mapping[str, Any], shared: Collection[int]) -> dict[str, Any]:

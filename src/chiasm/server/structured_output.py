@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http import Exchange
 from chiasm.server.context import GeneratingEngine, ServerContext
-from chiasm.server.json_schema import json_rule
+from chiasm.server.json_schema import MAX_LEVELS, json_rule
 from chiasm.server.protocol import GenerationFields, ResponseFormat, StructuredOutputs
 from chiasm.server.tools import Function, Tools
 
@@ -170,6 +170,10 @@ def _client_grammar(text: str) -> str:
         source = grammar_from("grammar", text)
     except ValueError as error:
         raise _malformed(f"{_OUTPUTS}.grammar is malformed: {error}.") from None
+    if source.count(":") > MAX_LEVELS:  # each rule has one, and so has each level of a schema in it
+        raise _malformed(
+            f"{_OUTPUTS}.grammar has more than {MAX_LEVELS} rules and members of schemas; send a smaller one."
+        )
     return source
 
 
