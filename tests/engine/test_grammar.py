@@ -6,9 +6,12 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 from chiasm import checkpoints
 from chiasm.engine import grammar
@@ -93,6 +96,28 @@ def test_a_grammar_is_compiled_once_and_few_are_kept(compiler: GrammarCompiler) 
     for number in range(40):
         compiler.compile(f'start: "{number}"', param="x")
     assert compiler.compile(OBJECT, param="x") is not first
+
+
+def test_a_grammar_that_takes_long_keeps_no_other_waiting(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    compiled = compiler._compiled
+
+    def slow(source: str, param: str) -> LLMatcher:
+        if "slow" in source:
+            begun.set()
+            assert may_end.wait(60)
+        return compiled(source, param)
+
+    monkeypatch.setattr(compiler, "_compiled", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compiler.compile, 'start: "slow"', param="x")
+        assert begun.wait(60)
+        compiler.compile('start: "other"', param="x")
+        assert not first.done()
+        may_end.set()
+        assert first.result(60) is compiler.compile('start: "slow"', param="x")
 
 
 def test_large_grammars_are_kept_up_to_a_sum(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,8 @@ class GrammarCompiler:
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the cache
+        self._making_tokenizer = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._closers = Closers(processor)
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
@@ -150,7 +151,9 @@ class GrammarCompiler:
                 self._cache.move_to_end(source)
                 return known
             self._drop(source)
-            grammar = Grammar(self._compiled(source, param), self._closers)
+        grammar = Grammar(self._compiled(source, param), self._closers)  # without the lock, since it may take long
+        with self._lock:
+            self._drop(source)  # another thread may have compiled it too
             self._cache[source] = grammar
             self._cached_bytes += len(source)
             while len(self._cache) > _MAX_CACHED or self._cached_bytes > _MAX_CACHED_BYTES:
@@ -174,15 +177,16 @@ class GrammarCompiler:
         return matcher
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
-        if self._tokenizer is None:
-            from llguidance import LLTokenizer, TokenizerWrapper
+        with self._making_tokenizer:
+            if self._tokenizer is None:
+                from llguidance import LLTokenizer, TokenizerWrapper
 
-            vocabulary = _Vocabulary(self._processor)
-            # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which
-            # all streams would wait.
-            bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
-            self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
-        return self._tokenizer
+                vocabulary = _Vocabulary(self._processor)
+                # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which
+                # all streams would wait.
+                bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
+                self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
+            return self._tokenizer
 
 
 class _Vocabulary:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection,
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
+from chiasm.cores import ENCODER_NICE, lower_priority
 from chiasm.errors import (
     ChiasmError,
     Code,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 State = Literal["starting", "ok", "failed", "draining"]
 _T = TypeVar("_T")
 _SHOWN_CHARACTERS = 200
+_GRAMMAR_THREADS = 4
+"""Some small grammars take minutes to compile, and nothing can end that: they shall not keep the others from being compiled."""
 _GRAMMAR_STACK_BYTES = 128 << 20
 """The compiler takes up to 6 KiB for each of the levels that a grammar may have. Only what is used takes memory."""
 
@@ -115,7 +118,13 @@ class ServerContext:
         )
         self._numbers = itertools.count()
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="chiasm-server")
-        self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="chiasm-grammar")
+        self._grammar_pool = ThreadPoolExecutor(
+            _GRAMMAR_THREADS,
+            thread_name_prefix="chiasm-grammar",
+            initializer=lower_priority,
+            initargs=(ENCODER_NICE,),
+        )
+        self._making_grammars = threading.Lock()
         self._grammars: GrammarCompiler | None = None
         self._fetcher: Fetcher | None = None
         self._decoder = Decoder(config.media)
@@ -290,18 +299,19 @@ class ServerContext:
         return result
 
     async def with_grammars(self, processor: Processor, function: Callable[[GrammarCompiler], _T]) -> _T:
-        """Call a function that compiles grammars, one at a time and in a thread of their own."""
+        """Call a function that compiles grammars, in one of a few threads that give way to the engine's."""
 
         def call() -> _T:
-            from chiasm.engine.grammar import GrammarCompiler
+            with self._making_grammars:
+                if self._grammars is None:
+                    from chiasm.engine.grammar import GrammarCompiler
 
-            if self._grammars is None:
-                self._grammars = GrammarCompiler(processor)
+                    self._grammars = GrammarCompiler(processor)
             return function(self._grammars)
 
         usual = threading.stack_size(_GRAMMAR_STACK_BYTES)
         try:
-            # This starts the thread, the first time.
+            # This starts a thread, as long as there may be more.
             called = asyncio.get_running_loop().run_in_executor(self._grammar_pool, call)
         finally:
             threading.stack_size(usual)
