@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chiasm.launch.ports import HeldPort
-from tests.cli.running import CHIASM, run
+from tests.cli.running import CHIASM, default_signals, run
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,13 @@ def test_this_machine() -> None:
 
 
 def test_ctrl_c_ends_it_before_the_last_check(checkpoint: Path) -> None:
-    with subprocess.Popen([*CHIASM, "doctor", str(checkpoint)], stdout=subprocess.PIPE, text=True) as doctor:
+    command = [*CHIASM, "doctor", str(checkpoint)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,  # noqa: PLW1509 - it only sets signals
+    ) as doctor:
         assert doctor.stdout is not None
         first = doctor.stdout.readline()
         doctor.send_signal(signal.SIGINT)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import psutil
 
+from tests.cli.running import default_signals
+
 _MEASURING = """
 import multiprocessing, sys
 from chiasm import checkpoints
@@ -31,7 +33,15 @@ def measuring() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """A process of a terminal, and its neighbour, which computes."""
     command = [sys.executable, "-c", _MEASURING]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as parent:
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=default_signals,  # noqa: PLW1509 - it only sets signals
+    ) as parent:
         assert parent.stdout is not None
         neighbour = psutil.Process(int(parent.stdout.readline()))
         try:
