@@ -13,6 +13,7 @@ import msgspec
 
 from chiasm.errors import AuthenticationError, Code, ConfigurationError
 from chiasm.fleet_key import FleetKey
+from chiasm.http.answer import read_beginning
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.wire import (
     DRAIN_PATH,
@@ -73,7 +74,7 @@ class Drain:
             headers |= signature(self._key, "POST", DRAIN_PATH, body_digest(body), clock_milliseconds=clock)
         try:
             async with self._session.post(place + DRAIN_PATH, data=body, headers=headers) as response:
-                status, content = response.status, await _body_of(response)
+                status, content = response.status, await read_beginning(response, _MAX_BYTES)
         except (aiohttp.ClientError, OSError) as error:
             raise NotDrainedError(f"{place} can't be reached: {error or type(error).__name__}.") from None
         try:
@@ -148,12 +149,4 @@ class Drain:
     async def _get(self, url: str, kind: type[_Read]) -> _Read:
         """Return what a page says, whatever its status. Raises aiohttp.ClientError, OSError, and what UNREADABLE names."""
         async with self._session.get(url) as response:
-            return msgspec.json.decode(await _body_of(response), type=kind)
-
-
-async def _body_of(response: aiohttp.ClientResponse) -> bytes:
-    """Return the body, or its beginning if it is larger than any of chiasm's. It may arrive in several pieces."""
-    body = b""
-    while more := await response.content.read(_MAX_BYTES - len(body)):
-        body += more
-    return body
+            return msgspec.json.decode(await read_beginning(response, _MAX_BYTES), type=kind)

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.errors import ChiasmError, ConfigurationError, PathNotFoundError
 from chiasm.http import json_response
+from chiasm.http.answer import read_beginning
 from chiasm.http.body import ClientLeftError, read_body
 from chiasm.http.errors import error_response
 from chiasm.wire import INSTANCES_PATH, LEASE_PATH, MEMBERS_PATH, UNREADABLE, WORKER_HEADER, Members
@@ -150,9 +151,7 @@ class Siblings:
                     if response.status != 200:
                         _logger.warning("worker %d answers %s with status %d", number, path, response.status)
                         return None
-                    page = b""
-                    while more := await response.content.read(_MAX_PAGE_BYTES + 1 - len(page)):
-                        page += more
+                    page = await read_beginning(response, _MAX_PAGE_BYTES + 1)
                     if len(page) <= _MAX_PAGE_BYTES:
                         return page
                     _logger.warning("worker %d answers %s with more than %d bytes", number, path, _MAX_PAGE_BYTES)

@@ -18,6 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from chiasm.fleet_key import FleetKey
+from chiasm.http.answer import read_beginning
 from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.http.lookup import Lookup, addresses_of, look_up
@@ -247,9 +248,7 @@ class _Line:
             allow_redirects=False,
             server_hostname=self._server_hostname,
         ) as response:
-            content = b""
-            while more := await response.content.read(_MAX_ANSWER_BYTES - len(content)):
-                content += more
+            content = await read_beginning(response, _MAX_ANSWER_BYTES)
             if response.status != 200:
                 raise RefusedError(_message(response.status, content))
         try:
