@@ -10,7 +10,8 @@ the way.
 
 ``key_rules`` says what a key must be like, ``key_file`` what a file of API keys holds, ``key_ring`` whose keys they are,
 ``admin`` who is the operator, and ``neighbours`` who is of this machine. ``tls`` has the certificate and ``tls_listener`` the
-handshakes, ``watch`` notices files that were replaced, ``liveness`` answers supervisors.
+handshakes, ``watch`` notices files that were replaced, ``liveness`` answers supervisors. ``answer`` reads what another server
+answers.
 
 Nothing here knows engines or instances: what an answer contains comes from a handler.
 """
