@@ -581,6 +581,29 @@ def when(event: asyncio.Event, then: Then = break_off) -> Then:
     return wait
 
 
+def after(event: asyncio.Event, answer: Answering) -> Answering:
+    """Wait for an event before an answer."""
+
+    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        await event.wait()
+        return await answer(instance, request, received)
+
+    return wait
+
+
+def interrupted_by(pause: asyncio.Event) -> Answering:
+    """Stream ``a cat``, and wait for an event between the words."""
+
+    async def stream(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(event("a "))
+        await pause.wait()
+        await response.write(event("cat") + b"data: [DONE]\n\n")
+        return response
+
+    return stream
+
+
 async def lose(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
     """Reset the connection before any response."""
     await break_off(request)

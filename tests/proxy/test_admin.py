@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from chiasm.errors import ConfigurationError
 from chiasm.http import watch
@@ -15,7 +14,7 @@ from chiasm.proxy import ProxyConfig
 from chiasm.proxy.app import create_app
 
 from .conftest import Answer, Front, Start, ask, image, image_bytes, listen
-from .instances import SAID, FakeInstance, Received, chat, decode
+from .instances import SAID, FakeInstance, after, chat, decode
 
 KEY = "s3cret" * 3
 
@@ -62,11 +61,7 @@ async def test_an_encoder_is_added_and_removed(start: Start) -> None:
 async def test_a_removed_instance_finishes_its_calls(start: Start) -> None:
     pds, gate = [FakeInstance("pd"), FakeInstance("pd")], asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
-    pds[0].answer = wait
+    pds[0].answer = after(gate, chat)
     front = await start([*pds], admin_key=KEY)
     requests = [asyncio.ensure_future(front.post(ask("x"))) for _ in range(2)]
     await pds[0].arrived.acquire()
@@ -100,11 +95,7 @@ async def test_prefill_and_decode_are_added_and_removed(start: Start) -> None:
 async def test_a_removed_decode_instance_finishes_its_streams(start: Start) -> None:
     p, ds, seen = FakeInstance("prefill"), [FakeInstance("decode"), FakeInstance("decode")], asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await seen.wait()
-        return await decode(instance, request, received)
-
-    ds[0].answer = wait
+    ds[0].answer = after(seen, decode)
     front = await start([p, *ds], admin_key=KEY)
     streams = [asyncio.ensure_future(listen(front, ask("x", stream=True))) for _ in range(2)]
     await ds[0].arrived.acquire()

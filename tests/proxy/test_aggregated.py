@@ -21,6 +21,7 @@ from .instances import (
     Answering,
     FakeInstance,
     Received,
+    after,
     begin_stream,
     chat,
     encode,
@@ -92,11 +93,7 @@ async def test_a_mixed_fleet_uses_the_side_with_less_to_do(start: Start) -> None
     encoder, pd, aggregated = (FakeInstance(role, costs=costs) for role in ("encoder", "pd", "aggregated"))
     gate = asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
-    pd.answer = aggregated.answer = wait
+    pd.answer = aggregated.answer = after(gate, chat)
     front = await start([encoder, pd, aggregated])
     requests = []
     bodies = [ask("x", image(image_bytes(size=(5, n)))) for n in range(1, 5)] + [ask("x")] * 4

@@ -17,11 +17,12 @@ from .instances import (
     Answering,
     FakeInstance,
     Received,
-    begin_stream,
+    after,
     chat,
     encode,
     event,
     half_a_response,
+    interrupted_by,
     lose,
     never,
     once,
@@ -237,19 +238,8 @@ async def test_pd_may_answer_without_the_encoder(start: Start) -> None:
 async def test_an_encoder_that_fails_during_a_stream_costs_nothing(start: Start, fault: str) -> None:
     """The PD had the image's prefix in its cache, and needed no embedding."""
     encoder, pd, has_begun, has_failed = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event(), asyncio.Event()
-
-    async def go_on(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = await begin_stream(request)
-        await response.write(event("a "))
-        await has_failed.wait()
-        await response.write(event("cat") + b"data: [DONE]\n\n")
-        return response
-
-    async def fail_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await has_begun.wait()
-        return await (lose if fault == "lost" else refuse(400, "no image"))(instance, request, received)
-
-    pd.answer, encoder.answer = go_on, fail_late
+    pd.answer = interrupted_by(has_failed)
+    encoder.answer = after(has_begun, lose if fault == "lost" else refuse(400, "no image"))
     front = await start([encoder, pd], max_encode_attempts=1)
     stream = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True), {1: has_begun}))
     while not await front.metric('chiasm_proxy_items_total{outcome="failed"}'):

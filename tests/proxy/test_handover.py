@@ -20,6 +20,7 @@ from .instances import (
     WORDS,
     FakeInstance,
     Received,
+    after,
     begin_stream,
     chat,
     decode,
@@ -148,12 +149,8 @@ async def test_a_stream_of_two_parts_looks_like_one(start: Start) -> None:
 async def test_the_first_token_reaches_the_client_before_decode_has_answered(start: Start) -> None:
     seen = asyncio.Event()
 
-    async def after_the_first(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await seen.wait()
-        return await decode(instance, request, received)
-
     front, _, d = await begin(start)
-    d.answer = after_the_first
+    d.answer = after(seen, decode)
     heard = await listen(front, ask("x", stream=True), {1: seen})
     assert heard.text == SAID
 
@@ -299,12 +296,8 @@ async def test_images_are_freed_while_decode_answers(start: Start) -> None:
     """Only the body without pixels is kept, in case the prompt must be prefilled again."""
     encoder, going = FakeInstance("encoder"), asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await going.wait()
-        return await decode(instance, request, received)
-
     front, p, d = await begin(start, encoder)
-    p.answer, d.answer = when_encoded(front, prefill), wait
+    p.answer, d.answer = when_encoded(front, prefill), after(going, decode)
     request = asyncio.ensure_future(front.post(ask("x", image(image_bytes(size=(800, 800), format="BMP")))))
     await d.arrived.acquire()
     assert 0 < front.service.admission.held_bytes < 1000
@@ -320,12 +313,8 @@ async def test_the_prefill_instance_with_the_fewest_unanswered_prompts_is_chosen
     costs = Costs(prefill_seconds_per_token=10.0)
     ps, d, gate = [FakeInstance("prefill", costs=costs) for _ in range(2)], FakeInstance("decode"), asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await prefill(instance, request, received)
-
     for p in ps:
-        p.answer = wait
+        p.answer = after(gate, prefill)
     front = await start([*ps, d])
     requests = [asyncio.ensure_future(front.post(ask("x" * 9000)))]
     while not any(p.received for p in ps):
@@ -342,11 +331,7 @@ async def test_a_prompt_stops_counting_as_work_when_prefill_has_answered(start: 
     front, _, d = await begin(start)
     going = asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await going.wait()
-        return await decode(instance, request, received)
-
-    d.answer = wait
+    d.answer = after(going, decode)
     request = asyncio.ensure_future(front.post(ask("x")))
     await d.arrived.acquire()
     shown = {
@@ -361,12 +346,8 @@ async def test_a_prompt_stops_counting_as_work_when_prefill_has_answered(start: 
 async def test_decode_is_chosen_by_its_running_sequences(start: Start) -> None:
     p, ds, gate = FakeInstance("prefill"), [FakeInstance("decode"), FakeInstance("decode")], asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await decode(instance, request, received)
-
     for d in ds:
-        d.answer = wait
+        d.answer = after(gate, decode)
     front = await start([p, *ds])
     requests = [asyncio.ensure_future(front.post(ask("x" * 10**n))) for n in (4, 1, 1, 1)]
     while sum(len(d.received) for d in ds) < 4:

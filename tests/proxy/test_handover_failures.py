@@ -18,6 +18,7 @@ from .instances import (
     FakeInstance,
     Received,
     Then,
+    after,
     begin_stream,
     break_off,
     decode,
@@ -608,17 +609,13 @@ async def test_an_image_that_an_encoder_still_has_is_not_given_up_when_its_promp
     encoder, ps, d = FakeInstance("encoder"), instances("prefill", 2), FakeInstance("decode")
     is_needed = asyncio.Event()
 
-    async def encode_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await is_needed.wait()
-        return await encode(instance, request, received)
-
     async def need_it(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         for _ in range(3):  # so that the proxy would have given it up
             await front.get("/health")
         is_needed.set()
         return await when_encoded(front, prefill)(instance, request, received)
 
-    encoder.answer = encode_late
+    encoder.answer = after(is_needed, encode)
     once(prefill, need_it, *ps)
     once(kv_unavailable, decode, d)
     front = await start([encoder, *ps, d])

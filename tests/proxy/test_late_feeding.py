@@ -12,7 +12,7 @@ from aiohttp import web
 from chiasm.proxy import encoders
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle, when_encoded
-from .instances import FakeInstance, Received, chat, encode, never, refuse
+from .instances import FakeInstance, Received, after, chat, encode, never, refuse
 
 SIZE = (600, 400)
 """Large enough that two of them are enough work for an encoder."""
@@ -30,11 +30,7 @@ async def waiting(front: Front, count: int) -> None:
 async def test_an_encoder_gets_no_more_than_two_images_and_the_rest_when_it_has_answered(start: Start) -> None:
     encoder, pd, gate = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await encode(instance, request, received)
-
-    encoder.answer = wait
+    encoder.answer = after(gate, encode)
     front = await start([encoder, pd])
     pd.answer = when_encoded(front, chat, len(COLOURS))
     request = asyncio.ensure_future(front.post(ask(*(image(image_bytes(one, SIZE)) for one in COLOURS))))

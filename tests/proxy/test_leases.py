@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiohttp import web
 from msgspec.structs import replace
 
 from chiasm.fleet_key import FleetKey, make_fleet_key, read_fleet_key
@@ -22,7 +21,7 @@ from chiasm.server.joining import Joiner
 from chiasm.wire import DRAIN_PATH, LEASE_PATH, DrainOrder, Lease, LeaseAnswer, Load
 
 from .conftest import Answer, Front, Start, ask, image, image_bytes
-from .instances import FakeInstance, Received, chat, never
+from .instances import FakeInstance, after, chat, never
 
 
 class Member:
@@ -108,15 +107,11 @@ async def test_an_instance_that_drains_gets_no_new_work_from_the_moment_at_which
 ) -> None:
     gate = asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
     front = await start([])
     leaving, staying = await join(front, "pd"), await join(front, "pd", incarnation="pd-2")
     for member in (leaving, staying):
         await front.until(member.instance, "healthy")
-    leaving.instance.answer = staying.instance.answer = wait
+    leaving.instance.answer = staying.instance.answer = after(gate, chat)
     running = [asyncio.ensure_future(front.post(ask("x"))) for _ in range(2)]
     await leaving.instance.arrived.acquire()
     leaving.status = "draining"

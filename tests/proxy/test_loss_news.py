@@ -17,6 +17,7 @@ from .instances import (
     Answering,
     FakeInstance,
     Received,
+    after,
     chat,
     decode_of_vllm,
     never,
@@ -42,16 +43,6 @@ async def asked(instance: FakeInstance, number: int = 1) -> list[str]:
     """Return what a question names that waits at an instance: the one with this number, counted from 1."""
     await instance.until(lambda: len(instance.questions) >= number)
     return instance.questions[number - 1].published
-
-
-def after(event: asyncio.Event) -> Answering:
-    """Answer as soon as something has happened."""
-
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await event.wait()
-        return await chat(instance, request, received)
-
-    return wait
 
 
 def lacking(encoder: FakeInstance, answer: Answering = chat, *, times: int = 1) -> Answering:
@@ -106,7 +97,7 @@ async def test_a_decode_instance_that_reads_embeddings_says_what_is_lost(start: 
 async def test_what_is_published_while_a_question_waits_is_in_the_next_which_ends_it(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), teller()
     is_lost = asyncio.Event()
-    pd.answer = after(is_lost)
+    pd.answer = after(is_lost, chat)
     front = await start([encoder, pd])
     answers = [asyncio.create_task(front.post(ask(image(image_bytes("red")))))]
     (first,) = await asked(pd)
@@ -127,7 +118,7 @@ async def test_what_is_published_while_a_question_waits_is_in_the_next_which_end
 async def test_all_requests_that_wait_for_one_embedding_hear_of_its_loss(start: Start) -> None:
     encoder, pd = FakeInstance("encoder"), teller()
     is_there = asyncio.Event()
-    pd.answer = after(is_there)
+    pd.answer = after(is_there, chat)
     front = await start([encoder, pd])
     answers = [asyncio.create_task(front.post(ask(image(image_bytes())))) for _ in range(3)]
     await pd.until(lambda: len(pd.received) == 3)

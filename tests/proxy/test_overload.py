@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from aiohttp import web
 
 from .conftest import Images, Start, ask, image, image_bytes, listen
-from .instances import Answering, FakeInstance, Received, begin_stream, chat, encode, event, refuse
+from .instances import (
+    Answering,
+    FakeInstance,
+    after,
+    chat,
+    encode,
+    interrupted_by,
+    refuse,
+)
 
 
 async def test_two_hundred_requests_are_all_answered(start: Start) -> None:
     pd, gate = FakeInstance("pd"), asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
-    pd.answer = wait
+    pd.answer = after(gate, chat)
     front = await start([pd], max_concurrent_requests=50)
     requests = [asyncio.ensure_future(front.post(ask("x"))) for _ in range(200)]
     refused = 'chiasm_proxy_requests_total{route="/v1/chat/completions",status="503"}'
@@ -39,11 +42,7 @@ async def test_two_hundred_requests_are_all_answered(start: Start) -> None:
 async def test_buffered_bytes_are_bounded_over_all_requests(start: Start) -> None:
     pd, gate = FakeInstance("pd"), asyncio.Event()
 
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
-    pd.answer = wait
+    pd.answer = after(gate, chat)
     front = await start([pd], max_buffered_bytes=150_000)
     first = asyncio.ensure_future(front.post(ask("x" * 100_000)))
     await pd.arrived.acquire()
@@ -67,19 +66,7 @@ async def test_images_that_encoders_still_have_when_a_stream_begins_are_buffered
     start: Start, outcome: Answering
 ) -> None:
     encoder, pd, has_begun, is_freed = FakeInstance("encoder"), FakeInstance("pd"), asyncio.Event(), asyncio.Event()
-
-    async def go_on(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        response = await begin_stream(request)
-        await response.write(event("a "))
-        await is_freed.wait()
-        await response.write(event("cat") + b"data: [DONE]\n\n")
-        return response
-
-    async def answer_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await has_begun.wait()
-        return await outcome(instance, request, received)
-
-    pd.answer, encoder.answer = go_on, answer_late
+    pd.answer, encoder.answer = interrupted_by(is_freed), after(has_begun, outcome)
     front = await start([encoder, pd])
     stream = asyncio.ensure_future(listen(front, ask(image(image_bytes()), stream=True), {1: has_begun}))
     await has_begun.wait()

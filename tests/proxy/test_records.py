@@ -21,7 +21,7 @@ from chiasm.proxy.records.trace_file import trace_of
 from chiasm.proxy.records.trail import EncodedAt, EncoderCall, ItemTrail, LanguageCall, Step, Trail
 
 from .conftest import Images, Start, ask, image, image_bytes, listen
-from .instances import FakeInstance, Received, chat, encode
+from .instances import FakeInstance, Received, after, chat, encode
 
 KEY = "s3cret" * 3
 ENCODER, PD = "10.0.0.1:8001", "10.0.0.2:8002"
@@ -315,11 +315,7 @@ async def test_an_answer_that_is_there_before_the_encoders_has_its_image_in_the_
         await is_over.wait()
         return await encode(instance, request, received)
 
-    async def chat_meanwhile(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await called.wait()
-        return await chat(instance, request, received)
-
-    encoder.answer, pd.answer = encode_late, chat_meanwhile
+    encoder.answer, pd.answer = encode_late, after(called, chat)
     front = await start([encoder, pd])
     assert (await front.post(ask(image(image_bytes())), **{"X-Request-Id": "mine"})).status == 200
     spans = (await front.record("mine"))["spans"]

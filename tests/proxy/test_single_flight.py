@@ -11,7 +11,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.proxy import encoders
 
 from .conftest import Answer, Front, Start, ask, image, image_bytes, until_idle, when_encoded
-from .instances import FakeInstance, Received, break_off, chat, encode, never, refuse
+from .instances import FakeInstance, Received, after, break_off, chat, encode, never, refuse
 
 
 @pytest.fixture
@@ -34,12 +34,8 @@ def encoder(gate: asyncio.Event) -> FakeInstance:
 
 @pytest.fixture
 def pd(gate: asyncio.Event) -> FakeInstance:
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await gate.wait()
-        return await chat(instance, request, received)
-
     instance = FakeInstance("pd")
-    instance.answer = wait
+    instance.answer = after(gate, chat)
     return instance
 
 
