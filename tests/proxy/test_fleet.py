@@ -355,7 +355,6 @@ def test_the_instance_with_the_least_work_is_chosen_and_equals_take_turns() -> N
         with fleet.working(two, 20):
             assert fleet.choose(Role.PD) is one
             assert fleet.choose(Role.PD, exclude={one}) is two
-            assert fleet.choose(Role.PD, ahead=lambda instance: 15.0 if instance is one else 0.0) is two
     assert (one.outstanding, one.in_flight) == (0, 0)
     turns = []
     for _ in range(4):

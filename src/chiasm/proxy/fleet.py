@@ -283,21 +283,14 @@ class Fleet:
             instance.sources, instance.is_ending = sources, is_ending
             self._judge()
 
-    def choose(
-        self,
-        *roles: Role,
-        model: str | None = None,
-        exclude: Collection[Instance] = (),
-        ahead: Callable[[Instance], float] = lambda instance: 0.0,
-    ) -> Instance | None:
-        """Return the healthy instance with the least load; among equals, the one that has waited longest for work.
+    def candidates(self, *roles: Role, model: str | None, exclude: Collection[Instance]) -> list[Instance]:
+        """Return the healthy instances of these roles that serve the model, if one is named, but none of ``exclude``."""
+        return [one for one in self.healthy(*roles) if one not in exclude and (model is None or model in one.models)]
 
-        ``ahead`` adds work that is decided but not taken yet.
-        """
-        candidates = [
-            one for one in self.healthy(*roles) if one not in exclude and (model is None or model in one.models)
-        ]
-        return min(candidates, key=lambda one: (one.load + ahead(one), one.last_taken), default=None)
+    def choose(self, *roles: Role, model: str | None = None, exclude: Collection[Instance] = ()) -> Instance | None:
+        """Return the healthy instance with the least load; among equals, the one that has waited longest for work."""
+        candidates = self.candidates(*roles, model=model, exclude=exclude)
+        return min(candidates, key=lambda one: (one.load, one.last_taken), default=None)
 
     @contextmanager
     def working(self, instance: Instance, cost: float) -> Iterator[None]:

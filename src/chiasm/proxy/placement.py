@@ -116,9 +116,7 @@ class Placement:
 
         The caller reports its first token and its end.
         """
-        candidates = [
-            one for one in self._fleet.healthy(*roles) if one not in exclude and (model is None or model in one.models)
-        ]
+        candidates = self._fleet.candidates(*roles, model=model, exclude=exclude)
         if not candidates:
             return None
         due = self.due(work, now)
