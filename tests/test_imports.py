@@ -24,6 +24,7 @@ LAYERS = (
         "prometheus",
         "checkpoints",
         "lazy",
+        "tasks",
         "yaml_text",
     },
     {"extras", "options"},

@@ -14,6 +14,7 @@ from chiasm.http.config import HttpConfig
 from chiasm.http.key_file import ApiKey
 from chiasm.http.key_ring import KeyHolder, KeyRing, Share
 from chiasm.http.limits import Limit
+from chiasm.tasks import beside
 from tests.unreadable import REASON, make_unreadable
 
 FIRST, SECOND, THIRD = (name * 4 for name in ("first", "second", "third"))
@@ -190,7 +191,7 @@ async def test_a_file_that_could_not_be_read_is_read_again_until_it_can(
     ring = ring_of(tmp_path, f"key: {FIRST}")
     make_unreadable(monkeypatch, tmp_path / "keys", times=3)
     replace(tmp_path, f"key: {SECOND}")
-    async with asyncio.timeout(60), watch.running(ring.follow()):
+    async with asyncio.timeout(60), beside(ring.follow()):
         while ring.holder_of(SECOND) is None:  # noqa: ASYNC110 - a ring has no event
             await asyncio.sleep(0.001)
     assert ring.holder_of(FIRST) is None

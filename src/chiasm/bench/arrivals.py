@@ -34,6 +34,7 @@ from chiasm.ec_transfer import (
 from chiasm.engine.config import EngineConfig
 from chiasm.engine.engine import LanguageEngine
 from chiasm.engine.request import GenerateRequest, SamplingParams
+from chiasm.tasks import end_tasks
 from chiasm.wire import ECPlace, Role
 
 _PATIENCE_SECONDS = 60.0
@@ -183,8 +184,7 @@ async def _rounds(plan: Plan, engine: LanguageEngine, encoder: Connection, place
             task = asyncio.create_task(arrivals.forever())
             rounds.arriving.append(await _gaps(engine, plan.tokens))
             rounds.arrivals.append(arrivals.count - before)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_tasks(task)
     return rounds
 
 

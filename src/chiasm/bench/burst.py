@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from chiasm.bench import requests
@@ -17,6 +15,7 @@ from chiasm.bench.measurement import Bench
 from chiasm.bench.statistics import median
 from chiasm.bench.topology import colocated, running
 from chiasm.launch import Deployment, ProcessState
+from chiasm.tasks import beside
 from chiasm.wire import Role
 
 _SIDE = 1024
@@ -113,26 +112,15 @@ async def ride(
                 bench.advance()
             return answer.ttft_seconds
 
-        async with _watching(deployment, found):
+        async with beside(_watch(deployment, found)):
             began = time.monotonic()
             found.ttft_seconds = await open_loop(times, send)
             await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
     return found
 
 
-@asynccontextmanager
-async def _watching(deployment: Deployment, found: Ridden) -> AsyncIterator[None]:
-    """A block during which somebody counts the encoders that run."""
-    task = asyncio.create_task(_watch(deployment, found))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
 async def _watch(deployment: Deployment, found: Ridden) -> None:
+    """Count the encoders that run, until cancelled."""
     before = time.monotonic()
     starting: dict[str, float] = {}
     while True:

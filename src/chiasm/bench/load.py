@@ -13,6 +13,7 @@ from chiasm.bench.client import RequestFailedError, StreamedAnswer
 from chiasm.bench.measurement import Bench
 from chiasm.bench.requests import stream
 from chiasm.bench.statistics import median
+from chiasm.tasks import end_tasks
 
 _T = TypeVar("_T")
 
@@ -146,7 +147,5 @@ async def gaps_meanwhile(
                 one.result()
                 raise RequestFailedError(f"A stream of {url} ended after {time.perf_counter() - begun_at:.1f} s.")
     finally:
-        for task in (waiting, *streams):
-            task.cancel()
-        await asyncio.gather(waiting, *streams, return_exceptions=True)
+        await end_tasks(waiting, *streams)
     return found

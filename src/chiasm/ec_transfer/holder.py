@@ -19,6 +19,7 @@ from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, ReaderMessage, Take, Want, Welcome
 from chiasm.errors import StorageError
+from chiasm.tasks import end_tasks
 from chiasm.transfer.arena import Arena, Piece
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.greeting import Terms
@@ -229,8 +230,7 @@ class Holder:
     async def _run(self, closing: asyncio.Event) -> None:
         progress = asyncio.create_task(self._progress())
         await self._listener.run(closing, self._serve, self._leave)
-        progress.cancel()
-        await asyncio.gather(progress, return_exceptions=True)
+        await end_tasks(progress)
 
     async def _progress(self) -> None:
         """Do the transport's part while somebody may be reading."""

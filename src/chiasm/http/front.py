@@ -27,7 +27,7 @@ from chiasm.http.log_format import request_id
 from chiasm.http.origins import LocalOnly, Origins
 from chiasm.http.paths import normal_path
 from chiasm.http.visit import Visit, with_visit
-from chiasm.http.watch import running
+from chiasm.tasks import beside
 
 EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After")
 """Headers of answers that web pages of other origins may read."""
@@ -71,7 +71,7 @@ class FrontDoor(Starlette):
                 for name in _LOGS_OF_CLIENTS:
                     stack.enter_context(limited(name))
                 stack.callback(self._log.close)
-                await stack.enter_async_context(running(self.keys.follow()))
+                await stack.enter_async_context(beside(self.keys.follow()))
                 if lifespan is not None:
                     await stack.enter_async_context(lifespan(app))
                 yield

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from chiasm.errors import ConfigurationError, UnreadableError
 
@@ -87,18 +85,6 @@ class Replaceable(ABC, Generic[_ReadT]):
     @abstractmethod
     def _take(self, read: _ReadT) -> str:
         """Use what was read from now on, and return what the log says. Raises as ``_read`` does, or OSError."""
-
-
-@asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """A block beside which some work runs, until the block ends."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

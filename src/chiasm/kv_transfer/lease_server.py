@@ -24,6 +24,7 @@ from chiasm.kv_transfer.messages import (
     Whole,
     terms_of,
 )
+from chiasm.tasks import end_tasks
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.listener import Listener
 from chiasm.transfer.memory import OfferedMemory
@@ -107,9 +108,7 @@ class LeaseServer:
     async def _run(self, closing: asyncio.Event) -> None:
         timers = [asyncio.create_task(self._expire()), asyncio.create_task(self._progress())]
         await self._listener.run(closing, self._serve, self._release_all)
-        for task in timers:
-            task.cancel()
-        await asyncio.gather(*timers, return_exceptions=True)
+        await end_tasks(*timers)
 
     async def _expire(self) -> None:
         """End each lease when its time is over."""

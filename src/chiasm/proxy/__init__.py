@@ -16,8 +16,8 @@ that has several.
 language instance has to do) and ``encode_queue`` (the images that wait); ``placement_record`` compares with the outcome.
 ``encode_plan`` has the rule by which an encoder is chosen, with ``rendezvous`` (which one an image prefers) and ``published``
 (which ones have it). ``places`` tells language instances where embeddings are; ``lost_embeddings`` finds those that are gone,
-and ``loss_news`` has the instances say when. ``tasks`` keeps what they leave running, and ``memory`` gives back the memory
-of requests that have ended. ``records`` keeps where the time of each request went, and shows it.
+and ``loss_news`` has the instances say when. ``memory`` gives back the memory of requests that have ended.
+``records`` keeps where the time of each request went, and shows it.
 """
 
 from typing import TYPE_CHECKING

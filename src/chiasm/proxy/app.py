@@ -27,7 +27,6 @@ from chiasm.http.key_ring import Share
 from chiasm.http.listen import check_instance_url, is_loopback
 from chiasm.http.liveness import live, ready_response
 from chiasm.http.untrusted import read_json
-from chiasm.http.watch import running
 from chiasm.proxy.balancing import model_not_found
 from chiasm.proxy.config import ProxyConfig
 from chiasm.proxy.drain import drain_route
@@ -36,6 +35,7 @@ from chiasm.proxy.metrics import CONTENT_TYPE
 from chiasm.proxy.records.pages import record_routes
 from chiasm.proxy.service import ProxyService
 from chiasm.proxy.siblings import Repeater, Siblings, Worker, is_from_sibling, members_route
+from chiasm.tasks import beside
 from chiasm.wire import (
     CHAT_PATH,
     COMPLETIONS_PATH,
@@ -73,7 +73,7 @@ def create_app(
             missed = await siblings.missed()
         await service.start(missed, lambda: app.keys.first)
         try:
-            async with running(admin.follow()):
+            async with beside(admin.follow()):
                 yield
         finally:
             if siblings is not None:

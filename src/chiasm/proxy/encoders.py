@@ -38,9 +38,9 @@ from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.records.trail import EncodedAt, EncoderCall
-from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import RefusedError, Upstream, UpstreamError, UpstreamResponse
 from chiasm.proxy.waiting import Comeback, none_healthy
+from chiasm.tasks import Tasks
 from chiasm.wire import CHAT_PATH, UNREADABLE, ECItem, ECPlace, InstanceState, Role
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import msgspec
 from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
 from chiasm.proxy.metrics import Metrics
-from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.tasks import Tasks
 from chiasm.wire import KV_RELEASE_PATH, MAX_RELEASED, KVRelease
 
 _log = logging.getLogger(__name__)

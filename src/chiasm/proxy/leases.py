@@ -40,6 +40,7 @@ from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
 from chiasm.proxy.membership import Membership
 from chiasm.proxy.probe import Prober
+from chiasm.tasks import end_tasks
 from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, Lease, LeaseAnswer, Role
 
 LOOK_SECONDS = 0.5
@@ -84,8 +85,7 @@ class Leases:
 
     async def close(self) -> None:
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end_tasks(self._looking)
 
     async def handle(self, request: Request) -> Response:
         """Take a lease; tell anybody who asks this proxy's clock."""
@@ -159,9 +159,7 @@ class Leases:
             waiting.discard(event)
             if not waiting:
                 self._news.pop(instance, None)
-            for task in (changed, left):
-                task.cancel()
-            await asyncio.gather(changed, left, return_exceptions=True)
+            await end_tasks(changed, left)
 
     def _note_change(self, instance: Instance) -> None:
         for event in self._news.get(instance, ()):

@@ -17,8 +17,8 @@ import msgspec
 
 from chiasm.proxy.instance import Instance
 from chiasm.proxy.job import Job
-from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Line, Upstream, UpstreamError
+from chiasm.tasks import Tasks
 from chiasm.wire import LOST_PATH, MAX_PUBLISHED, UNREADABLE, AwaitedEmbeddings, LossQuestion
 
 _WAIT_SECONDS = 8.0

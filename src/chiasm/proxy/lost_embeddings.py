@@ -31,6 +31,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.tasks import end_tasks
 from chiasm.wire import AWAITED_PATH, UNREADABLE, AwaitedEmbeddings
 
 _log = logging.getLogger(__name__)
@@ -92,10 +93,7 @@ class LostEmbeddings:
 
     async def close(self) -> None:
         await self._news.close()
-        tasks = [question.task for question in self._questions.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*(question.task for question in self._questions.values()))
 
     async def recover(self, items: Sequence[Item], job: Job) -> None:
         """Have the request's images encoded again whenever their embeddings are lost, until its answer has begun.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from chiasm.heap import give_back
-from chiasm.proxy.tasks import Tasks
+from chiasm.tasks import Tasks
 
 _WORTH_BYTES = 32 << 20
 _PAUSE_SECONDS = 20.0

@@ -17,8 +17,8 @@ import msgspec
 
 from chiasm.proxy.instance import Instance
 from chiasm.proxy.metrics import Metrics
-from chiasm.proxy.tasks import Tasks
 from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.tasks import Tasks
 from chiasm.wire import MAX_PLACES, PLACES_PATH, ECPlace, EmbeddingPlaces, Role
 
 _log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from chiasm.proxy.upstream import (
     UpstreamError,
     UpstreamResponse,
 )
+from chiasm.tasks import end_tasks
 from chiasm.wire import DRAINING, UNREADABLE, Health, InstanceState, ModelList, Role
 
 _log = logging.getLogger(__name__)
@@ -99,10 +100,7 @@ class Prober:
                 task.cancel()
 
     async def close(self) -> None:
-        tasks = [*self._watches.values(), *self._checks.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._watches.values(), *self._checks.values())
 
     async def lost(self, instance: Instance, error: ChiasmError) -> bool:
         """Probe an instance to which a call failed; if it is unreachable, it is unhealthy at once.
@@ -223,9 +221,7 @@ class Prober:
                 probes.append(asyncio.ensure_future(self._ask(instance.url)))
                 waited = 0.0
         finally:
-            for probe in probes:
-                probe.cancel()
-            await asyncio.gather(*probes, return_exceptions=True)
+            await end_tasks(*probes)
 
     def _timeout(self, instance: Instance) -> float:
         is_urgent = instance in self._urgent or self._is_quiet(instance)

@@ -25,6 +25,7 @@ from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream
+from chiasm.tasks import end_tasks
 from chiasm.wire import COUNT_TOKENS_PATH
 
 _MEDIA_THREADS = 2
@@ -189,5 +190,4 @@ async def _is_so_before(task: asyncio.Future[Any], condition: Callable[[], Await
                 return True
         return False
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)

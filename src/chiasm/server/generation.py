@@ -16,6 +16,7 @@ from chiasm.models.token_bytes import TextOffsets, token_bytes_of
 from chiasm.server.context import GeneratingEngine
 from chiasm.server.metrics import Metrics
 from chiasm.server.protocol import PromptTokensDetails, Usage
+from chiasm.tasks import end_tasks
 
 if TYPE_CHECKING:
     from chiasm.engine.request import FinishReason, Output, RequestTiming
@@ -206,6 +207,4 @@ async def _merged(streams: Sequence[AsyncGenerator[Output, None]]) -> AsyncGener
                 case pair:
                     yield pair
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*tasks)

@@ -23,6 +23,7 @@ from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.http.lookup import Lookup, addresses_of, look_up
 from chiasm.server.advertise import MAX_PROXIES
+from chiasm.tasks import end_tasks
 from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
 
 _log = logging.getLogger(__name__)
@@ -80,9 +81,7 @@ class Joiner:
         """Give all leases back, and end."""
         if not self._tasks:
             return
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         lines = list(self._lines.values())
         await asyncio.gather(*(line.close() for line in lines))  # first, so that none joins again
         await _within(line.leave() for line in lines)
@@ -162,8 +161,7 @@ class _Line:
 
     async def close(self) -> None:
         """Renew the lease no more."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end_tasks(self._task)
 
     async def tell(self) -> None:
         """Renew the lease at once, if it is held. Raises nothing."""
@@ -209,8 +207,7 @@ class _Line:
                     await self._renew()
             await call
         finally:
-            call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
+            await end_tasks(call)
 
     async def _renew(self, *, waits: bool = False) -> None:
         self.changed.clear()
@@ -268,10 +265,8 @@ async def _within(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Make calls at the same time; those that take longer than _TELL_SECONDS are given up. What fails is not raised."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     if tasks:
-        _, late = await asyncio.wait(tasks, timeout=_TELL_SECONDS)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=_TELL_SECONDS)
+        await end_tasks(*tasks)
 
 
 def _message(status: int, body: bytes) -> str:

@@ -15,6 +15,7 @@ from chiasm.http import json_response, read_body
 from chiasm.http.fleet_calls import caller_of, check_fleet
 from chiasm.http.untrusted import read_json
 from chiasm.server.context import ServerContext
+from chiasm.tasks import end_tasks
 from chiasm.wire import AwaitedEmbeddings, LossQuestion
 
 MAX_QUESTION_BYTES = 128 << 10
@@ -52,6 +53,4 @@ async def until_told(
         await asyncio.wait((telling, *others), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         return telling.result() if telling.done() else []
     finally:
-        for task in (telling, *others):
-            task.cancel()
-        await asyncio.gather(telling, *others, return_exceptions=True)
+        await end_tasks(telling, *others)

@@ -17,6 +17,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.fleet_key import make_nonce
 from chiasm.http.flood import FloodLimit
 from chiasm.http.listen import BACKLOG, bind
+from chiasm.tasks import end_tasks
 from chiasm.transfer.channel import READ_AHEAD_BYTES, Channel, ChannelClosed, NotUnderstood
 from chiasm.transfer.greeting import Attach, Terms, check_host, receive_opening, welcome
 from chiasm.transfer.memory import OfferedMemory
@@ -84,10 +85,7 @@ class Listener(Generic[_Incoming]):
         server.close()
         for _ in range(_TURNS_OF_ACCEPTING):  # those that asyncio has accepted and not handed over yet
             await asyncio.sleep(0)
-        tasks = [*self._strangers, *self._readers]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._strangers, *self._readers)
         self._log_limit.flush()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from chiasm.proxy.discovery.endpoint_slices import Reading
 from chiasm.proxy.discovery.file import FileSource
 from chiasm.proxy.discovery.kubernetes import Api, KubernetesSource
 from chiasm.proxy.membership import Listed, Membership
+from chiasm.tasks import end_tasks
 from chiasm.wire import Role
 
 _log = logging.getLogger(__name__)
@@ -87,9 +88,7 @@ class Sources:
             self._tasks = [asyncio.create_task(_keep_running(name, run)) for name, run in runs]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     def _take(self, source: Source, found: Sequence[Found]) -> None:
         _log.info("%s lists %d instances", source.name, len(found))

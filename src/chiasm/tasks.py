@@ -1,10 +1,30 @@
-"""Tasks for which nobody waits."""
+"""Tasks of asyncio that nobody awaits while they run: started, and ended again."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
+
+
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel these tasks and wait until they have ended. What they return or raise is dropped."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """A block beside which some work runs, until the block ends. Raises what the work has raised."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 class Tasks:
@@ -28,6 +48,4 @@ class Tasks:
         """Cancel the tasks that still run after this time, and wait until all have ended."""
         if self._running and patience_seconds:
             await asyncio.wait(self._running, timeout=patience_seconds)
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await end_tasks(*self._running)
