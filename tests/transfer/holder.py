@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import zlib
 from collections.abc import Iterator
@@ -60,9 +61,10 @@ class Holder:
         self.peer = Peer("127.0.0.1", self._listener.port)
         self.gone: list[int] = []
         self._is_closed = False
-        self.control = ControlThread(
-            "test-holder", lambda closing: self._listener.run(closing, self._serve, self.gone.append)
-        )
+        self.control = ControlThread("test-holder", self._run)
+
+    async def _run(self, closing: asyncio.Event) -> None:
+        await self._listener.run(closing, self._serve, self.gone.append, is_read=asyncio.Event())
 
     async def _serve(self, reader: int, channel: Channel[Echo]) -> None:
         while True:

@@ -19,7 +19,6 @@ from chiasm.ec_transfer.extra_config import PeerConfig
 from chiasm.ec_transfer.offers import NoRoom, OfferTable, TooManyWanted
 from chiasm.ec_transfer.peer_messages import Bad, Done, Forget, Here, ReaderMessage, Take, Want, Welcome
 from chiasm.errors import StorageError
-from chiasm.tasks import end_tasks
 from chiasm.transfer.arena import Arena, Piece
 from chiasm.transfer.channel import Channel, ChannelClosed, ControlThread
 from chiasm.transfer.greeting import Terms
@@ -228,17 +227,7 @@ class Holder:
     # ---- the control thread -------------------------------------------------------------------------------------------
 
     async def _run(self, closing: asyncio.Event) -> None:
-        progress = asyncio.create_task(self._progress())
-        await self._listener.run(closing, self._serve, self._leave)
-        await end_tasks(progress)
-
-    async def _progress(self) -> None:
-        """Do the transport's part while somebody may be reading."""
-        if self._memory.progress_seconds is not None:
-            while True:
-                await self._reading.wait()
-                self._memory.progress()
-                await asyncio.sleep(self._memory.progress_seconds)
+        await self._listener.run(closing, self._serve, self._leave, is_read=self._reading)
 
     async def _serve(self, reader: int, channel: Channel[ReaderMessage]) -> None:
         channel.send(Welcome(self._memory.describe(reader), self._arena.num_bytes))

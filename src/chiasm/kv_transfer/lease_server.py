@@ -106,9 +106,9 @@ class LeaseServer:
     # ---- the control thread -----------------------------------------------------------------------------------------
 
     async def _run(self, closing: asyncio.Event) -> None:
-        timers = [asyncio.create_task(self._expire()), asyncio.create_task(self._progress())]
-        await self._listener.run(closing, self._serve, self._release_all)
-        await end_tasks(*timers)
+        expiry = asyncio.create_task(self._expire())
+        await self._listener.run(closing, self._serve, self._release_all, is_read=self._claimed)
+        await end_tasks(expiry)
 
     async def _expire(self) -> None:
         """End each lease when its time is over."""
@@ -127,14 +127,6 @@ class LeaseServer:
             if expired:
                 _logger.warning("Nobody fetched the KV of %s in time; its blocks are free again.", ", ".join(expired))
             self._report(expired, num_expired=len(expired))
-
-    async def _progress(self) -> None:
-        """Do the transport's part while somebody may be reading."""
-        if self._memory.progress_seconds is not None:
-            while True:
-                await self._claimed.wait()
-                self._memory.progress()
-                await asyncio.sleep(self._memory.progress_seconds)
 
     async def _serve(self, holder: int, channel: Channel[ConsumerMessage]) -> None:
         """Talk to one consumer until its connection ends or has to end."""

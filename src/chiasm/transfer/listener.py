@@ -72,12 +72,21 @@ class Listener(Generic[_Incoming]):
         self._socket = bind(host, port, option=f"{option}-port")
         self.port: int = self._socket.getsockname()[1]
 
-    async def run(self, closing: asyncio.Event, serve: Serve[_Incoming], gone: Callable[[int], None]) -> None:
+    async def run(
+        self,
+        closing: asyncio.Event,
+        serve: Serve[_Incoming],
+        gone: Callable[[int], None],
+        *,
+        is_read: asyncio.Event,
+    ) -> None:
         """Serve readers until ``closing`` is set; then end all connections.
 
         ``serve(reader, channel)`` talks to a reader that has been greeted, and returns or raises when its connection is to end.
-        ``reader`` is a number that is used once. Afterwards ``gone(reader)`` is called. The memory is told by this class.
+        ``reader`` is a number that is used once. Afterwards ``gone(reader)`` is called. The memory is told by this class. While
+        ``is_read`` is set, somebody may be reading the memory, and the transport does its part.
         """
+        progress = asyncio.create_task(self._progress(is_read))
         server = await asyncio.start_server(
             partial(self._accept, serve, gone), sock=self._socket, backlog=BACKLOG, limit=READ_AHEAD_BYTES
         )
@@ -86,7 +95,15 @@ class Listener(Generic[_Incoming]):
         for _ in range(_TURNS_OF_ACCEPTING):  # those that asyncio has accepted and not handed over yet
             await asyncio.sleep(0)
         await end_tasks(*self._strangers, *self._readers)
+        await end_tasks(progress)
         self._log_limit.flush()
+
+    async def _progress(self, is_read: asyncio.Event) -> None:
+        if self._memory.progress_seconds is not None:
+            while True:
+                await is_read.wait()
+                self._memory.progress()
+                await asyncio.sleep(self._memory.progress_seconds)
 
     def close(self) -> None:
         """Stop listening, if :meth:`run` was never called. Idempotent."""
