@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -175,6 +175,24 @@ def check_remote(run: Run, num_bytes: int) -> None:
     """Raise TransferError unless the run lies in a holder's memory of this size."""
     if not 0 <= run.remote <= run.remote + run.num_bytes <= num_bytes:
         raise TransferError("it granted bytes that it does not have")
+
+
+def batches_of(runs: Sequence[Run], *, max_bytes: int, max_runs: int) -> Iterator[list[Run]]:
+    """Group runs, in order, into batches of at most so many bytes and runs, which may cut runs."""
+    batch: list[Run] = []
+    room = max_bytes
+    for run in runs:
+        done = 0
+        while done < run.num_bytes:
+            size = min(run.num_bytes - done, room)
+            batch.append(Run(run.local + done, run.remote + done, size))
+            done += size
+            room -= size
+            if not room or len(batch) == max_runs:
+                yield batch
+                batch, room = [], max_bytes
+    if batch:
+        yield batch
 
 
 def check_host_memory(device: str, way: str) -> None:

@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -35,6 +35,7 @@ from chiasm.transfer.memory import (
     Peer,
     ReachedMemory,
     Run,
+    batches_of,
     check_remote,
     read_description,
 )
@@ -179,7 +180,7 @@ class _RemoteMemory(ReachedMemory):
                 raise TransferError("another read from it failed")
             self._num_readers += 1
         try:
-            for batch in _batches(runs):
+            for batch in batches_of(runs, max_bytes=_BYTES_AT_A_TIME, max_runs=_RUNS_AT_A_TIME):
                 if stop():
                     return False
                 for run in batch:
@@ -243,24 +244,6 @@ class _RemoteMemory(ReachedMemory):
     def close(self) -> None:
         self._agent.close()
         self._closed.set()
-
-
-def _batches(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Group runs, in order, into reads of at most _BYTES_AT_A_TIME, which may cut runs."""
-    batch: list[Run] = []
-    room = _BYTES_AT_A_TIME
-    for run in runs:
-        done = 0
-        while done < run.num_bytes:
-            size = min(run.num_bytes - done, room)
-            batch.append(Run(run.local + done, run.remote + done, size))
-            done += size
-            room -= size
-            if not room or len(batch) == _RUNS_AT_A_TIME:
-                yield batch
-                batch, room = [], _BYTES_AT_A_TIME
-    if batch:
-        yield batch
 
 
 def import_nixl() -> Any:

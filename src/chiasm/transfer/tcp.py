@@ -25,7 +25,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -42,6 +42,7 @@ from chiasm.transfer.memory import (
     Range,
     ReachedMemory,
     Run,
+    batches_of,
     check_host_memory,
     check_remote,
     read_description,
@@ -293,7 +294,8 @@ class _ReachedOverTcp(ReachedMemory):
         if _receive_exactly(connection, 1) != _GRANTED:
             return False
         left = sum(run.num_bytes for run in runs)
-        for targets in _batches(self._buffer, runs):
+        for batch in batches_of(runs, max_bytes=_BYTES_AT_A_TIME, max_runs=_BUFFERS_AT_A_TIME):
+            targets = [self._buffer[run.local : run.local + run.num_bytes] for run in batch]
             # Only as many as follow these, or the last of these might wake nobody.
             left -= sum(map(len, targets))
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(left, _WAKING_BYTES)))
@@ -368,24 +370,6 @@ class _ReachedOverTcp(ReachedMemory):
             raise _TakesNoFurther
         if answer != _BEGUN:
             raise TransferError("it does not take the data connection")
-
-
-def _batches(memory: memoryview, runs: Sequence[Run]) -> Iterator[list[memoryview]]:
-    """Return where the bytes of the runs go, in order, in lists of at most _BYTES_AT_A_TIME and _BUFFERS_AT_A_TIME."""
-    batch: list[memoryview] = []
-    room = _BYTES_AT_A_TIME
-    for run in runs:
-        place, end = run.local, run.local + run.num_bytes
-        while place < end:
-            size = min(end - place, room)
-            batch.append(memory[place : place + size])
-            place += size
-            room -= size
-            if not room or len(batch) == _BUFFERS_AT_A_TIME:
-                yield batch
-                batch, room = [], _BYTES_AT_A_TIME
-    if batch:
-        yield batch
 
 
 def _advance(targets: list[memoryview], count: int) -> None:
