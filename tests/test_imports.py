@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,14 @@ LAYERS = (
     {"__main__"},
 )
 """From the bottom to the top. A package may import from lower layers; within a layer, packages don't know each other."""
+ONE_FILE_EACH = {
+    "chiasm.bench.measurements",
+    "chiasm.cli",
+    "chiasm.integrations",
+    "chiasm.media.headers",
+    "chiasm.models.families",
+}
+"""Packages of files that nobody has to tell apart: one for each command, measurement, kind of file or family."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -104,3 +113,17 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def test_every_package_says_what_its_files_are_for() -> None:
+    """The docstring of each package names its files, as CONTRIBUTING.md promises; those of ``chiasm`` are in docs/design.md."""
+    unnamed: list[str] = []
+    for name, file in modules().items():
+        parent, _, own = name.rpartition(".")
+        if parent.count(".") and parent not in ONE_FILE_EACH and own != "__main__":
+            named = re.findall(
+                r"``(\w+)(?:\.py|/)?``", ast.get_docstring(ast.parse(modules()[parent].read_text())) or ""
+            )
+            if own not in named:
+                unnamed.append(f"{file}: {parent} doesn't name it")
+    assert not unnamed

@@ -1,1 +1,4 @@
-"""Seeded images and questions for the checkpoint that ships with the package."""
+"""Seeded ``images`` with questions, and ``talk`` without an image, for the checkpoint that ships with the package.
+
+``terminal`` shows an image in a terminal.
+"""

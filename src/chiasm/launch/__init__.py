@@ -3,9 +3,10 @@
 A start passes the files in this order: ``config`` (what is asked for), ``reserved`` (what must not be) and ``layout`` (who
 shares a device), ``arrangement``, ``gpus`` and ``devices`` (which instance computes where on this machine), ``ports`` and
 ``folders``, ``plan`` (the processes), which uses ``process`` (what one is made from) and ``vllm`` (the command of ``vllm
-serve``), ``child`` (one process, started again when it dies), ``scaling`` (encoders that come and go), ``deployment`` (all of
-them). In the child, ``run`` runs an instance or the proxy, ``workers`` a proxy as several processes, and ``supervisor`` is the
-parent of a server that isn't chiasm's, such as vLLM. ``drain`` takes an instance down that anybody has started.
+serve``), ``child`` (one process, started again when it dies) with ``fork_server`` (which starts instances sooner), ``scaling``
+(encoders that come and go), ``deployment`` (all of them). In the child, ``run`` runs an instance or the proxy, ``workers`` a
+proxy as several processes, and ``supervisor`` is the parent of a server that isn't chiasm's, such as vLLM. ``drain`` takes an
+instance down that anybody has started. ``signals`` ends a command.
 """
 
 from typing import TYPE_CHECKING

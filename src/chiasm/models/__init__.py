@@ -1,9 +1,12 @@
 """What chiasm needs of a checkpoint: its processor, its vision encoder and its language model, each loaded separately.
 
-``base`` holds the interfaces. ``checkpoint`` finds the files, ``support`` refuses what would run wrongly, ``loading`` reads
-the weights of one part. ``processor`` (with ``chat`` and ``tool_format``) and ``adapter`` implement the interfaces on top of
-transformers, and ``families`` holds what differs between families of models. ``identity`` names everything that embeddings
-depend on.
+``base`` holds the interfaces. ``checkpoint`` finds the files, ``support`` refuses what would run wrongly, ``loading`` reads the
+weights of one part. ``processor`` (with ``chat`` and ``tool_format``) and ``adapter`` implement the interfaces on top of
+transformers, with ``special_words`` and ``token_bytes`` (what tokens mean), and ``families`` holds what differs between
+families of models. ``identity`` names everything that embeddings depend on.
+
+``decoder`` and ``tower`` compute the two parts faster than transformers does on a CPU: with ``products`` of fixed weights, by
+oneDNN or ``zendnn``, with ``experts`` of mixtures, and with ``dot_product_attention``.
 
 Names are imported when they are first used, so that ``chiasm.models.base`` and the fingerprint don't load torch.
 """

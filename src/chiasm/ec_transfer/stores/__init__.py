@@ -1,9 +1,9 @@
 """Stores: caches of embeddings that a whole fleet shares, beside whichever connector moves them.
 
-``base`` holds the interface and opens a store by its URL. ``redis`` keeps entries in a server that speaks Redis' protocol,
-through the client in ``resp``; ``folder`` keeps them in files. ``entry`` says what is kept of an embedding. ``writer`` writes
-behind and ``reader`` reads ahead, on threads of their own; ``recovery`` reads what an encoder has lost; ``guard`` bounds what a
-store that fails may cost. Nothing here needs torch, since the proxy asks stores too.
+``base`` holds the interface and opens a store by its URL, which ``address`` reads. ``redis`` keeps entries in a server that
+speaks Redis' protocol, through the client in ``resp``; ``folder`` keeps them in files. ``entry`` says what is kept of an
+embedding. ``writer`` writes behind and ``reader`` reads ahead, on threads of their own; ``recovery`` reads what an encoder has
+lost; ``guard`` bounds what a store that fails may cost. Nothing here needs torch, since the proxy asks stores too.
 """
 
 from chiasm.ec_transfer.stores.address import StoreAddress
