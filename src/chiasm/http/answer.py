@@ -7,7 +7,7 @@ import aiohttp
 
 async def read_beginning(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """Return the body, or its first ``max_bytes``. It may arrive in several pieces. Raises aiohttp.ClientError, OSError."""
-    body = b""
+    body = bytearray()
     while more := await response.content.read(max_bytes - len(body)):
         body += more
-    return body
+    return bytes(body)

@@ -21,6 +21,7 @@ import aiohttp
 import msgspec
 
 from chiasm.errors import ConfigurationError
+from chiasm.http.answer import read_beginning
 from chiasm.http.listen import base_url
 from chiasm.proxy.discovery.base import Source, Tell
 from chiasm.proxy.discovery.endpoint_slices import EndpointSlice, Metadata, Reading, instances_of
@@ -245,12 +246,10 @@ class KubernetesSource(Source):
 async def _read(response: aiohttp.ClientResponse) -> bytes:
     """Return the body of an answer. Raises GoneError, and OSError for another status than 200 and for too long a body."""
     _check(response)
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > _MAX_BYTES:
-            raise OSError("an answer of the server is too long")
-    return bytes(body)
+    body = await read_beginning(response, _MAX_BYTES + 1)
+    if len(body) > _MAX_BYTES:
+        raise OSError("an answer of the server is too long")
+    return body
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
