@@ -319,6 +319,13 @@ class BoundedFolder:
             self._on_evict(status.st_size)
 
 
+def write_whole(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of the data to a file. Raises OSError."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
 def read_store_id(folder: Path) -> str | None:
     """Return the name of a folder, or None if it has none. Creates nothing. Raises OSError if it cannot be read."""
     try:

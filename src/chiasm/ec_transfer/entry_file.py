@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 
-from chiasm.ec_transfer.bounded_folder import Signature
+from chiasm.ec_transfer.bounded_folder import Signature, write_whole
 from chiasm.errors import StorageError
 
 HEADER_BYTES = 4096
@@ -144,6 +144,11 @@ def dtype_of(header: EntryHeader) -> torch.dtype:
     return _DTYPES[header.dtype]
 
 
+def tensor_of(header: EntryHeader, data: torch.Tensor) -> torch.Tensor:
+    """Return the embedding with these bytes (uint8), without a copy."""
+    return data.view(dtype_of(header)).view(header.shape)
+
+
 def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
     """Write the entry to an open file. Raises OSError if not all of it can be written.
 
@@ -153,21 +158,15 @@ def write_entry(descriptor: int, header: EntryHeader, data: memoryview) -> None:
     hasher = header.hasher()
     if len(data) < _LARGE_BYTES:
         hasher.update(data)
-        _write_all(descriptor, data, HEADER_BYTES)
+        write_whole(descriptor, data, HEADER_BYTES)
     else:
         hashing = threading.Thread(target=hasher.update, args=(data,))
         hashing.start()
         try:
-            _write_all(descriptor, data, HEADER_BYTES)
+            write_whole(descriptor, data, HEADER_BYTES)
         finally:
             hashing.join()
-    _write_all(descriptor, memoryview(header._replace(checksum=hasher.hexdigest()).to_bytes()), 0)
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+    write_whole(descriptor, memoryview(header._replace(checksum=hasher.hexdigest()).to_bytes()), 0)
 
 
 class Entry:
@@ -187,7 +186,7 @@ class Entry:
 
     def tensor(self) -> torch.Tensor:
         """Return the embedding, on the CPU. Raises OSError if the file is not mapped and can't be read or has changed."""
-        return self._data().view(dtype_of(self.header)).view(self.header.shape)
+        return tensor_of(self.header, self._data())
 
     def copied(self, *, checked: bool) -> Entry | None:
         """Copy the file, which is kept open, to anonymous memory, which nobody else can truncate or change.
@@ -203,7 +202,7 @@ class Entry:
         for piece in _pieces(self._file.descriptor, self.known.signature.size_bytes):
             if not checked:
                 hasher.update(piece[max(HEADER_BYTES - done, 0) :])
-            _write_all(memory.descriptor, piece, done)
+            write_whole(memory.descriptor, piece, done)
             done += len(piece)
         if not checked and hasher.hexdigest() != self.header.checksum:
             return None

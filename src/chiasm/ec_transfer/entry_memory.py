@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, dtype_of
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, tensor_of
 
 if TYPE_CHECKING:
     import xxhash
@@ -31,7 +31,7 @@ def write_entry(address: int, header: EntryHeader, tensor: torch.Tensor, *, with
     target, size = address + HEADER_BYTES, header.data_bytes
     hasher = header.hasher() if with_checksum else None
     if not (tensor.is_cpu and tensor.is_contiguous()):
-        _tensor(_bytes_at(target, size), header).copy_(tensor)
+        tensor_of(header, torch.from_numpy(_bytes_at(target, size))).copy_(tensor)
         if hasher is not None:
             hasher.update(_bytes_at(target, size).data)
     elif hasher is None:
@@ -97,7 +97,7 @@ def tensor_at(address: int, header: EntryHeader, owner: object, release: Callabl
     """
     lent = _Lent(address + HEADER_BYTES, header.data_bytes, owner)
     weakref.finalize(lent, release).atexit = False
-    return _tensor(np.asarray(lent), header)
+    return tensor_of(header, torch.from_numpy(np.asarray(lent)))
 
 
 class _Lent:
@@ -110,7 +110,3 @@ class _Lent:
 
 def _bytes_at(address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
     return np.asarray(_Lent(address, num_bytes))
-
-
-def _tensor(data: npt.NDArray[np.uint8], header: EntryHeader) -> torch.Tensor:
-    return torch.from_numpy(data).view(dtype_of(header)).view(header.shape)

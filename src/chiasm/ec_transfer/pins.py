@@ -19,7 +19,7 @@ import torch
 
 from chiasm.ec_transfer.base import ECConnectorMetadata
 from chiasm.ec_transfer.device import take_over, to_device
-from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, OpenFile, dtype_of, map_file, read_range
+from chiasm.ec_transfer.entry_file import HEADER_BYTES, EntryHeader, OpenFile, map_file, read_range, tensor_of
 from chiasm.transfer.memory_file import set_lock
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Pin(NamedTuple):
             data = read_range(file.descriptor, self.offset + HEADER_BYTES, self.header.data_bytes)
         else:
             data = map_file(file.descriptor, size)[HEADER_BYTES:]
-        return take_over(to_device(data.view(dtype_of(self.header)).view(self.header.shape), device))
+        return take_over(to_device(tensor_of(self.header, data), device))
 
 
 class EntryMemory:
@@ -76,7 +76,7 @@ class EntryMemory:
             os.ftruncate(self._file.descriptor, size)
             path = f"/dev/fd/{self._file.descriptor}"
             self._data = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)[HEADER_BYTES:]
-        self.tensor = self._data.view(dtype_of(header)).view(header.shape)
+        self.tensor = tensor_of(header, self._data)
 
     @property
     def buffer(self) -> memoryview:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from chiasm.ec_transfer.base import check_identifier
-from chiasm.ec_transfer.bounded_folder import BoundedFolder, Signature
+from chiasm.ec_transfer.bounded_folder import BoundedFolder, Signature, write_whole
 from chiasm.ec_transfer.folder_check import examine_folder
 from chiasm.ec_transfer.stores.address import StoreAddress
 from chiasm.ec_transfer.stores.base import Store, StoreHealth
@@ -81,8 +81,8 @@ class FolderStore(Store):
         header = _header_bytes(entry)
 
         def write(descriptor: int) -> None:
-            _write_whole(descriptor, data, len(header))
-            _write_whole(descriptor, memoryview(header), 0)
+            write_whole(descriptor, data, len(header))
+            write_whole(descriptor, memoryview(header), 0)
 
         try:
             self._folder.publish(entry.identifier, len(header) + len(data), write)
@@ -167,9 +167,3 @@ def _read_whole(descriptor: int, buffer: memoryview, offset: int) -> None:
         if not read:
             raise CorruptEntryError("it has become shorter")
         buffer, offset = buffer[read:], offset + read
-
-
-def _write_whole(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
