@@ -6,7 +6,7 @@ from typing import Any
 
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import ItemWork, Prefix, Work
+from chiasm.proxy.prompts import ItemWork, Prefix, Work
 from chiasm.wire import Costs, Health, ImageCost, Role
 
 PER_TOKEN = 0.001

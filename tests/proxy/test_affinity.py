@@ -11,7 +11,8 @@ from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import ItemWork, Placement
+from chiasm.proxy.placement import Placement
+from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.rendezvous import Rendezvous
 from chiasm.wire import ECPlace, Role
 

@@ -13,7 +13,8 @@ from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.hedging import Hedging
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import ItemWork, Placement
+from chiasm.proxy.placement import Placement
+from chiasm.proxy.prompts import ItemWork
 from chiasm.wire import ECPlace, Role
 
 from .conftest import Front, Start, ask, image, image_bytes, until_idle

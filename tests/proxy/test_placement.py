@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from chiasm.due import STRETCH
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import Placed, Placement, Work
+from chiasm.proxy.placement import Placed, Placement
+from chiasm.proxy.prompts import Work
 from chiasm.wire import LEASE_SECONDS, Load, Role
 
 from .placed_fleet import ENCODE, IMAGE_TOKENS, PER_TOKEN, add, costs, images, text

@@ -13,7 +13,8 @@ import pytest
 from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import Placed, Placement, Work
+from chiasm.proxy.placement import Placed, Placement
+from chiasm.proxy.prompts import Work
 from chiasm.wire import Role
 
 from ..regret import regret

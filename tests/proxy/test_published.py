@@ -6,7 +6,7 @@ import pytest
 
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import ItemWork
+from chiasm.proxy.prompts import ItemWork
 from chiasm.proxy.published import Published
 from chiasm.wire import ECPlace, Role
 

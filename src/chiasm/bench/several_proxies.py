@@ -16,7 +16,8 @@ from functools import partial
 
 from chiasm.bench.simulated_time import SimulatedTime
 from chiasm.proxy.fleet import Fleet
-from chiasm.proxy.placement import Placed, Placement, Work
+from chiasm.proxy.placement import Placed, Placement
+from chiasm.proxy.prompts import Work
 from chiasm.wire import Costs, Health, Load, Role
 
 PER_TOKEN = 0.001

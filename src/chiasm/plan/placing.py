@@ -16,9 +16,11 @@ from chiasm.plan.costs import CostModel, StepShape
 from chiasm.plan.layouts import Candidate, PlannedInstance
 from chiasm.plan.shapes import ModelShape
 from chiasm.proxy.agreement import PROMPT_ROLES
+from chiasm.proxy.encode_plan import Entry
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.placement import Entry, ItemWork, Placed, Placement, Prefix, Work
+from chiasm.proxy.placement import Placed, Placement
+from chiasm.proxy.prompts import ItemWork, Prefix, Work
 from chiasm.wire import Costs, ECPlace, Health, ImageCost, Role
 
 _BYTES_PER_TOKEN = 4

@@ -25,7 +25,7 @@ from chiasm.plan.placing import Fed, Placing, Proxy, SentImage, reported
 from chiasm.plan.shapes import ModelShape
 from chiasm.plan.sharing import SharedDevice, Stage, Work
 from chiasm.plan.store import Store, Stores
-from chiasm.proxy.placement import Entry
+from chiasm.proxy.encode_plan import Entry
 from chiasm.wire import Role
 
 MAX_REQUESTS = 100_000

@@ -26,10 +26,8 @@ from chiasm.proxy.encode_queue import EncodeQueue
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.hedging import HEDGED_SHARE
 from chiasm.proxy.instance import Instance
-from chiasm.proxy.prompts import ItemWork, Prefix, Prompt, Work
+from chiasm.proxy.prompts import ItemWork, Prompt, Work
 from chiasm.wire import Role
-
-__all__ = ["Entry", "ItemWork", "Placed", "Placement", "Prefix", "Work"]
 
 _ALIKE = 0.02
 """Among instances whose estimates differ by less than this share, the one with the fewest requests gets the next."""

@@ -32,9 +32,10 @@ from chiasm.proxy.kv_releases import KVReleases
 from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import DemandCollector, Metrics
 from chiasm.proxy.other_paths import check_salted, check_unnamed, media_refused
-from chiasm.proxy.placement import ItemWork, Placement, Prefix, Work
+from chiasm.proxy.placement import Placement
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
+from chiasm.proxy.prompts import ItemWork, Prefix, Work
 from chiasm.proxy.relay import begin, begin_answer
 from chiasm.proxy.request_images import RequestImages
 from chiasm.proxy.upstream import Call, InstanceError, InstanceLostError, ResponseCutOffError, Upstream
