@@ -20,7 +20,7 @@ from PIL import Image
 
 from chiasm.http.listen import bind, url_of
 from chiasm.media import MediaConfig
-from chiasm.proxy import ProxyConfig, balancing, encoders
+from chiasm.proxy import ProxyConfig, job
 from chiasm.proxy.app import create_app
 from chiasm.proxy.process import create_server
 from chiasm.proxy.service import ProxyService
@@ -167,8 +167,7 @@ GIVES_UP_SECONDS = 4.0
 @pytest.fixture
 def giving_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that wait for room give up so long before their deadline that no pause of the machine reaches it."""
-    for module in (balancing, encoders):
-        monkeypatch.setattr(module, "_BEFORE_DEADLINE_SECONDS", GIVES_UP_SECONDS / 2)
+    monkeypatch.setattr(job, "_BEFORE_DEADLINE_SECONDS", GIVES_UP_SECONDS / 2)
 
 
 def image_bytes(colour: str = "red", size: tuple[int, int] = (6, 4), format: str = "PNG", **options: Any) -> bytes:

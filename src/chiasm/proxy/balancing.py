@@ -24,8 +24,6 @@ from chiasm.proxy.waiting import Comeback, Line, none_healthy
 from chiasm.wire import Role
 
 _SHOWN_CHARACTERS = 200
-_BEFORE_DEADLINE_SECONDS = 0.1
-"""A request that waits for room gives up so long before its deadline, to say what it has waited for."""
 
 
 class Assignment:
@@ -271,7 +269,7 @@ class Balancer:
         """Wait for a turn and assign the best instance."""
         assignment.release()
         try:
-            async with asyncio.timeout(job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS):
+            async with asyncio.timeout(job.seconds_to_wait):
                 await line.wait(_kind(assignment, job), first=first or job.exchange.has_begun)
         except TimeoutError:
             raise OverloadedError(

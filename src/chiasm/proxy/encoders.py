@@ -48,8 +48,6 @@ _MAX_RESPONSE_BYTES = 8 << 20
 _AFTER_ANSWER_SECONDS = 1.0
 """How long a call goes on when the answer is whole: a language instance may have read an embedding and answered before the
 encoder has told the proxy of it."""
-_BEFORE_DEADLINE_SECONDS = 0.1
-"""A request whose images wait for room gives up so long before its deadline, to say what it has waited for."""
 _TRY_ELSEWHERE = frozenset({408, 425, 429})
 """Statuses below 500 for which the encoder is to blame, not the image."""
 
@@ -157,8 +155,9 @@ class Encoders:
         try:
             self._feed()
             results = [flight.metadata for flight in flights.values()]
-            seconds = max(0.0, job.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS)
-            done, waiting = await asyncio.wait(results, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            done, waiting = await asyncio.wait(
+                results, timeout=job.seconds_to_wait, return_when=asyncio.FIRST_EXCEPTION
+            )
             for result in done:
                 if error := result.exception():
                     raise error

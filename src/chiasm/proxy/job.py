@@ -22,6 +22,7 @@ from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
 _TO_CLIENT = ("retry-after", "www-authenticate", "metadata")
 """The last one is of vLLM's /pooling, for embeddings in bytes."""
+_BEFORE_DEADLINE_SECONDS = 0.1
 _T = TypeVar("_T")
 
 
@@ -141,6 +142,11 @@ class Job:
         if self._instance is not None and instance is not self._instance:
             self.news_of_embeddings.set()  # the other one may lack them
         self._instance = instance
+
+    @property
+    def seconds_to_wait(self) -> float:
+        """How long it may wait for room: until shortly before its deadline, to say then what it has waited for."""
+        return max(0.0, self.exchange.seconds_left - _BEFORE_DEADLINE_SECONDS)
 
     def note_instance(self, instance: Instance) -> None:
         """Note for the log that an instance has worked for it: by its address."""
