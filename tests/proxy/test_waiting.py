@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.http.config import HttpConfig
-from chiasm.proxy.waiting import Line
+from chiasm.proxy.waiting import WaitingLine
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
@@ -304,7 +304,7 @@ async def test_a_request_waits_for_a_full_instance(start: Start, role: str) -> N
 
 
 async def test_requests_that_come_put_nobodys_turn_off() -> None:
-    line = Line()
+    line = WaitingLine()
     first, others = asyncio.ensure_future(line.wait()), []
     for _ in range(1000):
         others.append(asyncio.ensure_future(line.wait()))
@@ -317,7 +317,7 @@ async def test_requests_that_come_put_nobodys_turn_off() -> None:
 
 async def test_calls_that_end_put_off_no_try() -> None:
     """Otherwise the room of an instance that has joined would stay empty as long as calls of the others end often."""
-    line, ended = Line(), 0
+    line, ended = WaitingLine(), 0
     waiting = [asyncio.ensure_future(line.wait()) for _ in range(10_000)]
     while sum(one.done() for one in waiting) <= ended:
         line.advance()
@@ -332,7 +332,7 @@ class Waiting:
     """Requests in a line, and a clock that stands still."""
 
     def __init__(self, count: int) -> None:
-        self.line = Line()
+        self.line = WaitingLine()
         self._turns = [asyncio.ensure_future(self.line.wait()) for _ in range(count)]
 
     async def comes_back(self) -> None:
@@ -425,7 +425,7 @@ async def test_text_does_not_wait_behind_images_that_only_full_pds_can_take(star
 
 
 async def test_kinds_take_turns_and_those_of_one_kind_come_in_order() -> None:
-    line, turns = Line(), list[str]()
+    line, turns = WaitingLine(), list[str]()
 
     async def wait(name: str) -> None:
         await line.wait(name[0])

@@ -20,7 +20,7 @@ from chiasm.proxy.placement_record import PlacementRecord
 from chiasm.proxy.places import Places
 from chiasm.proxy.probe import Prober
 from chiasm.proxy.upstream import Call, InstanceLostError, RefusedError, Upstream
-from chiasm.proxy.waiting import Comeback, Line, none_healthy
+from chiasm.proxy.waiting import Comeback, WaitingLine, none_healthy
 from chiasm.wire import Role
 
 _SHOWN_CHARACTERS = 200
@@ -151,7 +151,7 @@ class Balancer:
         self._places = places
         self._comeback = comeback
         self._max_refusal_bytes = max_refusal_bytes
-        self._lines: defaultdict[Role, Line] = defaultdict(Line)
+        self._lines: defaultdict[Role, WaitingLine] = defaultdict(WaitingLine)
         """By the first of the roles that requests in it may go to."""
         metrics.waiting.labels("room").set_function(lambda: sum(map(len, self._lines.values())))
 
@@ -265,7 +265,7 @@ class Balancer:
         job.trail.answered(trail, call.headers.get("server-timing"))
         return call
 
-    async def _wait_for_room(self, line: Line, assignment: Assignment, job: Job, *, first: bool = False) -> None:
+    async def _wait_for_room(self, line: WaitingLine, assignment: Assignment, job: Job, *, first: bool = False) -> None:
         """Wait for a turn and assign the best instance."""
         assignment.release()
         try:

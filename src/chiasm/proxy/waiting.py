@@ -103,7 +103,7 @@ class Comeback:
         self._changed = asyncio.Event()
 
 
-class Line:
+class WaitingLine:
     """Requests that wait for room: those of one kind are served first come, first served, and kinds take turns.
 
     What keeps a request out, such as its API key's share of an instance's queue, keeps out all of its kind, but not those of
