@@ -106,16 +106,6 @@ class Arena:
             self._take_back()
             return self._used_bytes
 
-    @property
-    def locked_bytes(self) -> int:
-        """What is no piece any more, but was still locked by readers when room was last sought."""
-        with self._lock:
-            return sum(end - begin for begin, end in self._locked)
-
-    def can_ever_fit(self, sizes: Sequence[int]) -> bool:
-        """Whether pieces of these sizes fit together into the empty arena."""
-        return sum(map(_rounded, sizes)) <= self.num_bytes
-
     def allocate(self, num_bytes: int) -> Piece | None:
         """Return a piece with one holder, whose bytes are whatever was there; None if there is no room for it now."""
         pieces = self.allocate_all([num_bytes])
