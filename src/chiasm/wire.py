@@ -503,6 +503,11 @@ class KVTransferParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     prompts: Annotated[list[KVTransferParams], msgspec.Meta(max_length=1024)] = msgspec.field(default_factory=list)
     """For a request with several prompts: one handle each, in order; all other fields are unset then."""
 
+    def missing(self) -> list[str]:
+        """Return the fields that a handle needs and that this one lacks: without them nobody finds the KV."""
+        needed = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
+        return [name for name in needed if not getattr(self, name)]
+
 
 MAX_RELEASED = 1024
 

@@ -31,8 +31,6 @@ from chiasm.transfer.memory import DataPlane, Memory, Peer, ReachedMemory
 from chiasm.transfer.memory_file import MemoryFile
 from chiasm.wire import KVTransferParams
 
-_HANDLE_FIELDS = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
-
 
 class PullConnector(KVConnector):
     """Consumers read the producer's blocks without its help, under leases that they claim over the control channel."""
@@ -71,9 +69,8 @@ class PullConnector(KVConnector):
         self._handshake = dict(metadata)
 
     def claim(self, request: KVRequestLike) -> None:
-        params = request.kv_transfer_params
-        missing = [name for name in _HANDLE_FIELDS if not getattr(params, name, None)]
-        if params is None or missing:
+        params = request.kv_transfer_params or KVTransferParams()
+        if missing := params.missing():
             raise KVUnavailableError(
                 f"The handle in kv_transfer_params lacks {', '.join(missing)}; send the one that prefill returned.",
                 code=Code.KV_UNAVAILABLE,

@@ -19,7 +19,6 @@ from chiasm.server.sampling import num_choices
 from chiasm.wire import KVTransferParams, Role
 
 _PARAM = "kv_transfer_params"
-_REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port", "remote_request_id")
 _MAX_CREATED = 1 << 53
 """Up to here JavaScript represents every integer."""
 
@@ -168,11 +167,10 @@ def _check_remote(handle: KVTransferParams, where: str) -> None:
             f"({where}do_remote_prefill); send the request to the proxy.",
             param=_PARAM,
         )
-    for name in _REMOTE:
-        if getattr(handle, name) in (None, "", []):
-            raise InvalidRequestError(
-                f"{_PARAM} has no {where}{name}; send what the prefill instance answered.", param=_PARAM
-            )
+    if missing := handle.missing():
+        raise InvalidRequestError(
+            f"{_PARAM} has no {where}{missing[0]}; send what the prefill instance answered.", param=_PARAM
+        )
     if handle.prompts:
         raise InvalidRequestError(
             f"{_PARAM}: {where}prompts must be empty, because a handle in a list is for one prompt.", param=_PARAM
