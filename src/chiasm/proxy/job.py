@@ -301,11 +301,7 @@ class Job:
     async def send_stream_as_it_is(self, call: Call, first: bytes, next_chunk: Callable[[], Awaitable[bytes]]) -> None:
         """Pass on a stream that begins with ``first``, in whole events, and add nothing to it."""
         splitter = EventSplitter()
-        given = call.headers
-        await self.exchange.start_events(
-            [self.timing.header(given.get("server-timing", ""))],
-            content_type=given.get("content-type", CONTENT_TYPE),
-        )
+        await self._start_events(call)
         chunk = first
         while chunk:
             await self.exchange.write(splitter.take(chunk))
@@ -315,10 +311,13 @@ class Job:
     async def send_events(self, chunk: bytes, call: Call) -> None:
         """Pass on a chunk of a stream; if the stream hasn't begun, begin it with the instance's headers."""
         if not self.exchange.has_begun:
-            given = call.headers
-            timing = self.timing.header(given.get("server-timing", ""))
-            await self.exchange.start_events([timing], content_type=given.get("content-type", CONTENT_TYPE))
+            await self._start_events(call)
         await self.exchange.write(self._relay.pass_on(chunk))
+
+    async def _start_events(self, call: Call) -> None:
+        given = call.headers
+        timing = self.timing.header(given.get("server-timing", ""))
+        await self.exchange.start_events([timing], content_type=given.get("content-type", CONTENT_TYPE))
 
     async def end_events(self) -> None:
         """End the stream, whose instance has ended it properly."""

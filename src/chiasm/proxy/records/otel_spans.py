@@ -19,7 +19,7 @@ from chiasm import __version__
 from chiasm.proxy.records.record import Record
 from chiasm.proxy.records.spans import PROXY, Span, timeline_of
 from chiasm.proxy.records.trace_context import TraceContext
-from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH
+from chiasm.wire import CHAT_PATH, COMPLETIONS_PATH, MESSAGES_PATH, RESPONSES_PATH
 
 PROVIDER = "chiasm"
 SCOPE = InstrumentationScope("chiasm", __version__)
@@ -27,8 +27,8 @@ SHORTEST_SECONDS = 1e-4
 _OPERATIONS = {
     CHAT_PATH: "chat",
     COMPLETIONS_PATH: "text_completion",
-    "/v1/responses": "chat",
-    "/v1/messages": "chat",
+    RESPONSES_PATH: "chat",
+    MESSAGES_PATH: "chat",
     "/v1/embeddings": "embeddings",
     "/v2/embed": "embeddings",
 }

@@ -35,7 +35,6 @@ from chiasm.wire import UNREADABLE
 _SHOWN = 50
 _MAX_ID_CHARACTERS = 128
 _LIST_PATH = "/requests"
-_ROUTES = (_LIST_PATH, "/requests/{id}", "/requests/{id}/trace.json")
 _ORDERS: dict[str, Callable[[RecordInfo], float]] = {
     "last": lambda one: one.arrived + one.seconds,
     "slowest": lambda one: one.seconds,
@@ -128,8 +127,12 @@ def record_routes(records: Records, admin: AdminCheck, siblings: Siblings | None
         }
         return _unkept(Response(page, media_type="text/html; charset=utf-8", headers=headers))
 
-    routes = [Route(path, handler) for path, handler in zip(_ROUTES, (show_list, show_one, show_trace), strict=True)]
-    return [*routes, Route("/dashboard", show_dashboard)]
+    return [
+        Route(_LIST_PATH, show_list),
+        Route(f"{_LIST_PATH}/{{id}}", show_one),
+        Route(f"{_LIST_PATH}/{{id}}/trace.json", show_trace),
+        Route("/dashboard", show_dashboard),
+    ]
 
 
 @cache
