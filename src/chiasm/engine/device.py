@@ -90,11 +90,15 @@ def use_threads(count: int | None) -> None:
 def check_memory(model: Path, device: torch.device) -> None:
     """Raise ConfigurationError if the checkpoint is clearly larger than the free memory."""
     needed = stored_bytes(model)
-    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if needed > free:
+    if needed > (free := _free_bytes(device)):
         raise ConfigurationError(
             f"{model} has {needed / 2**30:.1f} GiB of weights, but only {free / 2**30:.1f} GiB of memory is free on {device}."
         )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return how much of the device's memory is free."""
+    return free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def kv_cache_blocks(config: EngineConfig, language: LanguageModel, max_model_len: int) -> tuple[int, int]:
@@ -106,12 +110,10 @@ def kv_cache_blocks(config: EngineConfig, language: LanguageModel, max_model_len
     block_bytes = KVCache.bytes_per_block(language, config.block_size)
     total_bytes = config.kv_cache_bytes
     if total_bytes is None:
-        if language.device.type == "cpu":
-            free = free_memory()
-            total_bytes = min(int(free * KV_CACHE_SHARE["cpu"]), CPU_KV_CACHE_BYTES)
-        else:
-            free = torch.cuda.mem_get_info(language.device)[0]
-            total_bytes = int(free * KV_CACHE_SHARE["cuda"])
+        kind = language.device.type
+        total_bytes = int(_free_bytes(language.device) * KV_CACHE_SHARE[kind])
+        if kind == "cpu":
+            total_bytes = min(total_bytes, CPU_KV_CACHE_BYTES)
         useful = config.max_num_seqs * -(-max_model_len // config.block_size) * block_bytes
         total_bytes = min(total_bytes, useful)
     num_blocks = total_bytes // block_bytes
