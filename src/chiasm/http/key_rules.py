@@ -31,11 +31,12 @@ def read_admin_keys(key: str | None, file: Path | None) -> list[str]:
     keys = [] if key is None else [key]
     for one in keys:
         check_key("--admin-key or CHIASM_ADMIN_KEY", one)
-    return keys if file is None else [*keys, *read_key_file("--admin-key-file", file)]
+    return keys if file is None else [*keys, *_keys_in(file)]
 
 
-def read_key_file(option: str, path: Path) -> list[str]:
-    """Return the keys in a file that nobody else may write, one a line and at least one. Raises ConfigurationError."""
+def _keys_in(path: Path) -> list[str]:
+    """Return the keys in an operator's file, one a line and at least one. Raises ConfigurationError."""
+    option = "--admin-key-file"
     found = [line.strip() for line in read_private_text(option, path).splitlines() if line.strip()]
     if not found:
         raise ConfigurationError(f"{option}: {path} holds no key; write one a line.")

@@ -57,11 +57,11 @@ def described(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *
     for message in messages:
         match message:
             case {"role": "tool"}:
-                response = _wrapped(message, "<tool_response>\n", "\n</tool_response>")
+                response = _as_response(message)
                 if has_responses:
                     result[-1] = _joined(result[-1], response)
                 else:
-                    result.append({"role": "user", "content": response["content"]})
+                    result.append(response)
             case {"role": "assistant", "tool_calls": [_, *_]}:
                 result.append(_with_calls(message))
             case _:
@@ -100,11 +100,13 @@ def _as_json(arguments: object) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _wrapped(message: Message, before: str, after: str) -> Message:
+def _as_response(message: Message) -> Message:
+    """Return what a tool has answered, as a user would say it."""
+    before, after = "<tool_response>\n", "\n</tool_response>"
     content = message.get("content")
     if isinstance(content, list):
-        return {**message, "content": [_text(before), *content, _text(after)]}
-    return {**message, "content": f"{before}{content or ''}{after}"}
+        return {"role": "user", "content": [_text(before), *content, _text(after)]}
+    return {"role": "user", "content": f"{before}{content or ''}{after}"}
 
 
 def _joined(message: Message, more: Mapping[str, Any], separator: str = "\n") -> Message:
