@@ -37,6 +37,7 @@ from chiasm.errors import (
     OverloadedError,
 )
 from chiasm.models.base import Pixels, Prompt
+from chiasm.tasks import end_tasks
 from chiasm.wire import KVTransferParams, Role
 from tests.engine.conftest import (
     A,
@@ -290,8 +291,7 @@ async def test_an_engine_tells_by_itself_which_published_embeddings_it_awaits(st
     await answer
     gone = asyncio.create_task(pd.engine.lost_embeddings("proxy", [b]))
     await until(lambda: losses.is_asked)
-    gone.cancel()
-    await asyncio.gather(gone, return_exceptions=True)
+    await end_tasks(gone)
     assert not losses.is_asked
 
 
@@ -469,9 +469,7 @@ async def test_a_full_queue_refuses_and_goes_on(start: Start) -> None:
     await until(lambda: pd.engine.stats().num_stalled == 2)
     with pytest.raises(OverloadedError):
         await pd.ask("hello")
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await end_tasks(*waiting)
     await until(pd.is_empty)
     assert len((await pd.ask("hello")).token_ids) == 8
 

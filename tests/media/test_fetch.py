@@ -22,6 +22,7 @@ from chiasm.errors import ConfigurationError, MediaError
 from chiasm.media import Fetcher, MediaConfig
 from chiasm.media.addresses import AddressGuard
 from chiasm.media.url import MAX_URL_CHARACTERS, InvalidURLError, follow, parse_http_url
+from chiasm.tasks import end_tasks
 
 LOOPBACK = ("127.0.0.0/8",)
 TOLERANT: dict[str, Any] = {
@@ -371,9 +372,7 @@ async def test_a_silent_host_leaves_places_to_others(make: Make, site: Site) -> 
         await asyncio.sleep(0.002)
     assert await fetcher.fetch(f"http://good.example:{site.port}/image") == IMAGE
     assert not any(one.done() for one in waiting)
-    for one in waiting:
-        one.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await end_tasks(*waiting)
 
 
 async def test_redirects_to_a_silent_host_leave_places_to_others(make: Make, site: Site) -> None:
@@ -387,9 +386,7 @@ async def test_redirects_to_a_silent_host_leave_places_to_others(make: Make, sit
         await asyncio.sleep(0.002)
     assert await fetcher.fetch(f"http://good.example:{site.port}/image") == IMAGE
     assert not any(one.done() for one in waiting)
-    for one in waiting:
-        one.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await end_tasks(*waiting)
 
 
 async def test_an_endless_response_ends_at_the_size_limit(make: Make, site: Site) -> None:

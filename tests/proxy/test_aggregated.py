@@ -13,6 +13,7 @@ from aiohttp import web
 from chiasm.media import identifier
 from chiasm.proxy.job import Original
 from chiasm.proxy.media import Item
+from chiasm.tasks import end_tasks
 from chiasm.wire import Costs, ImageCost
 
 from .conftest import Images, Start, ask, data_url, image, image_bytes, listen, until_idle
@@ -246,8 +247,7 @@ async def test_what_was_sent_is_kept_only_until_the_answer_begins(start: Start) 
     async with asyncio.timeout(60):
         while any(type(one) in {Item, Original} for one in gc.get_objects()):
             await front.get("/health")
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
     await until_idle(front)
 
 

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.proxy.upstream import Call, Upstream
+from chiasm.tasks import end_tasks
 
 from .conftest import Start, ask, image, image_bytes, leave, listen, until_idle, when_encoded
 from .instances import (
@@ -91,8 +92,7 @@ async def test_a_retry_is_a_call_like_the_first(start: Start) -> None:
     ids = {received.headers["X-Request-Id"] for encoder in encoders for received in encoder.received}
     assert {one.rpartition("-")[2] for one in ids} == {"e1", "e2", "e3"}
     assert int(retry.headers["X-Request-Deadline-Ms"]) <= int(pair.headers["X-Request-Deadline-Ms"])
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
 
 
 async def test_no_encoder_left_is_a_503_and_ends_the_pd_call(start: Start) -> None:
@@ -141,9 +141,7 @@ async def test_an_encoder_error_costs_a_retry(start: Start, status: int) -> None
         pass
     assert len(encoders[0].received) >= 1
     assert len(encoders[1].received) == 2
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(*tasks)
 
 
 async def test_the_last_of_all_failed_attempts_reaches_the_client(start: Start) -> None:
@@ -166,9 +164,7 @@ async def test_an_encoder_that_hangs_is_abandoned(start: Start) -> None:
     while await front.metric('chiasm_proxy_items_total{outcome="encoded"}') < 2:
         pass
     await asyncio.wait_for(encoders[0].gone.acquire(), 60)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(*tasks)
 
 
 @pytest.mark.parametrize(

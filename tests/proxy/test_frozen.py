@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from chiasm.tasks import end_tasks
+
 from .conftest import Front, Start, ask, image, image_bytes, listen, until_idle, when_encoded
 from .instances import (
     SAID,
@@ -174,8 +176,7 @@ async def test_an_instance_that_computes_for_long_is_left_alone(start: Start) ->
         await front.get("/health")
     assert (await front.states())[pd.url] == "healthy"
     assert not request.done()
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
 
 
 async def test_the_bytes_of_an_answer_show_that_an_instance_lives(start: Start) -> None:
@@ -214,9 +215,7 @@ async def test_an_image_that_several_requests_wait_for_moves_once(start: Start) 
     while not await front.metric('chiasm_proxy_items_total{outcome="encoded"}'):
         pass
     assert len(idle.received) == 1
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(*tasks)
 
 
 async def test_a_lost_connection_to_a_frozen_instance_moves_the_request(start: Start) -> None:

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from chiasm.proxy import encoders
+from chiasm.tasks import end_tasks
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, until_idle, when_encoded
 from .instances import FakeInstance, Received, after, chat, encode, never, refuse
@@ -106,8 +107,7 @@ async def test_an_encoder_that_is_added_gets_images_that_wait(start: Start) -> N
     key = {"Authorization": "Bearer " + "k" * 16}
     assert (await front.post({"url": other.url, "role": "encoder"}, "/instances", **key)).status == 201
     await asyncio.wait_for(other.arrived.acquire(), 60)
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
     await other.kill()
 
 

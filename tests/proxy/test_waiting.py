@@ -10,6 +10,7 @@ from aiohttp import web
 
 from chiasm.http.config import HttpConfig
 from chiasm.proxy.waiting import WaitingLine
+from chiasm.tasks import end_tasks
 
 from .conftest import GIVES_UP_SECONDS, Front, Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
@@ -160,8 +161,7 @@ async def test_nobody_waits_while_another_instance_is_healthy(start: Start, role
     request = asyncio.ensure_future(front.post(body))
     await asyncio.wait_for(one.arrived.acquire(), 60)
     assert await front.metric(WAITING) == 0
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
 
 
 async def test_images_go_to_an_aggregated_instance_rather_than_wait_for_an_encoder(start: Start) -> None:
@@ -264,8 +264,7 @@ async def test_a_client_that_leaves_waits_no_more(start: Start) -> None:
     await front.until(pd, "unhealthy")
     request = asyncio.ensure_future(front.post(ask("x")))
     await until_waiting(front)
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+    await end_tasks(request)
     await until_waiting(front, 0)
 
 
@@ -310,9 +309,7 @@ async def test_requests_that_come_put_nobodys_turn_off() -> None:
         others.append(asyncio.ensure_future(line.wait()))
         await asyncio.sleep(0.001)
     assert first.done()
-    for one in others:
-        one.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await end_tasks(*others)
 
 
 async def test_calls_that_end_put_off_no_try() -> None:
@@ -323,9 +320,7 @@ async def test_calls_that_end_put_off_no_try() -> None:
         line.advance()
         ended += 1
         await asyncio.sleep(0.001)
-    for one in waiting:
-        one.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await end_tasks(*waiting)
 
 
 class Waiting:

@@ -20,6 +20,7 @@ from chiasm.proxy.discovery.sources import Sources, parse_source
 from chiasm.proxy.fleet import Fleet
 from chiasm.proxy.membership import Membership
 from chiasm.proxy.upstream import UpstreamError
+from chiasm.tasks import end_tasks
 from chiasm.wire import Health, Role
 from tests.unreadable import REASON, make_unreadable
 
@@ -47,8 +48,7 @@ class Heard:
 async def running(source: Source, heard: Heard) -> AsyncIterator[None]:
     task = asyncio.create_task(source.run(heard))
     yield
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end_tasks(task)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------

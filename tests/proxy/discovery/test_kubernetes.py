@@ -16,6 +16,7 @@ from aiohttp import web
 
 from chiasm.proxy.discovery.endpoint_slices import EndpointSlice, Reading, instances_of
 from chiasm.proxy.discovery.kubernetes import Api, KubernetesSource, Pace
+from chiasm.tasks import end_tasks
 from chiasm.wire import Role
 
 from .test_file_and_dns import Heard
@@ -155,8 +156,7 @@ async def watching(tmp_path: Path, pace: Pace) -> AsyncIterator[Watching]:
         source = KubernetesSource("k8s:x", api, "app=chiasm,tier in (e)", api.namespace(), Reading(), pace)
         task = asyncio.create_task(source.run(heard))
         yield Watching(server, tmp_path, heard)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
 
 
 # ---- slices ------------------------------------------------------------------------------------------------------------
@@ -374,8 +374,7 @@ async def test_a_server_that_refuses_connections_for_a_minute_changes_nothing_an
         assert len(await heard.next()) == 2
         assert set(server.versions[1:]) == {"7"}
         assert server.lists == 1
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
 
 
 async def test_a_server_that_ends_each_watch_at_once_is_asked_less_and_less_often(tmp_path: Path) -> None:
@@ -389,5 +388,4 @@ async def test_a_server_that_ends_each_watch_at_once_is_asked_less_and_less_ofte
         task = asyncio.create_task(source.run(heard))
         await asyncio.wait_for(clock.has_come.wait(), 60)
         assert len(server.versions) < 20
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
