@@ -69,6 +69,17 @@ def chat(*content: str | dict[str, Any], **options: Any) -> dict[str, Any]:
     return body | {"ignore_eos": True} | options
 
 
+def various_chats() -> list[dict[str, Any]]:
+    """Sixteen questions about images of several sizes, some of which occur more than once."""
+    return [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
+
+
+def second_round(first: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The body of a chat that goes on after this answer."""
+    said_since = [{"role": "assistant", "content": answer}, {"role": "user", "content": "and what else?"}]
+    return chat() | {"messages": [*first["messages"], *said_since]}
+
+
 def said(message: dict[str, Any]) -> str:
     """What a message or a piece of a stream says: its text, and the calls in it, without their ids."""
     functions = [call["function"] for call in message.get("tool_calls", ())]

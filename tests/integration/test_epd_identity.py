@@ -13,7 +13,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from chiasm.wire import Role
-from tests.integration.conftest import MODEL, Service, calls_a_tool, chat, follows_a_schema, run, said, sample_image
+from tests.integration.conftest import (
+    MODEL,
+    Service,
+    calls_a_tool,
+    chat,
+    follows_a_schema,
+    run,
+    said,
+    sample_image,
+    second_round,
+    various_chats,
+)
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
 SAMPLED = {"temperature": 1.0, "seed": 11, "top_p": 0.9}
@@ -219,7 +230,7 @@ def test_a_stop_token_that_comes_first_ends_the_answer_at_prefill(epd: Service, 
 
 
 def test_many_at_once_are_answered_as_one_by_one(epd: Service, aggregated: Service) -> None:
-    bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
+    bodies = various_chats()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda body: whole(epd, body), bodies))
     assert together == [whole(aggregated, body) for body in bodies]
@@ -228,12 +239,7 @@ def test_many_at_once_are_answered_as_one_by_one(epd: Service, aggregated: Servi
 def test_a_second_round_about_the_same_image(epd: Service, aggregated: Service) -> None:
     first = chat("look:", A)
     answer = aggregated.answer(first)
-    second = chat()
-    second["messages"] = [
-        *first["messages"],
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": "and what else?"},
-    ]
+    second = second_round(first, answer)
     assert epd.answer(first) == answer
     assert whole(epd, second) == whole(aggregated, second)
 

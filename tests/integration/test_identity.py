@@ -19,6 +19,8 @@ from tests.integration.conftest import (
     part,
     pixels,
     sample_image,
+    second_round,
+    various_chats,
 )
 
 A, B = sample_image(1), sample_image(2, height=64, width=160)
@@ -47,7 +49,7 @@ def test_swapped_images_give_another_answer(disaggregated: Service) -> None:
 
 
 def test_many_at_once_are_answered_as_one_by_one(disaggregated: Service, aggregated: Service) -> None:
-    bodies = [chat(f"number {seed}", sample_image(seed % 5, width=64 + 32 * (seed % 3)), "?") for seed in range(16)]
+    bodies = various_chats()
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(disaggregated.answer, bodies))
     assert together == [aggregated.answer(body) for body in bodies]
@@ -56,12 +58,7 @@ def test_many_at_once_are_answered_as_one_by_one(disaggregated: Service, aggrega
 def test_a_second_round_about_the_same_image(disaggregated: Service, aggregated: Service) -> None:
     first = chat("look:", A)
     answer = aggregated.answer(first)
-    second = chat()
-    second["messages"] = [
-        *first["messages"],
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": "and what else?"},
-    ]
+    second = second_round(first, answer)
     assert disaggregated.answer(first) == answer
     assert disaggregated.answer(second) == aggregated.answer(second)
 

@@ -18,6 +18,7 @@ from .instances import (
     Answering,
     FakeInstance,
     Received,
+    after,
     chat,
     decode,
     decode_until,
@@ -49,14 +50,6 @@ def when_told(answer: Answering = chat) -> Answering:
 
     async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         await instance.until_heard(lambda: set(received.identifiers) <= set(instance.places))
-        return await answer(instance, request, received)
-
-    return wait
-
-
-def after(event: asyncio.Event, answer: Answering) -> Answering:
-    async def wait(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
-        await event.wait()
         return await answer(instance, request, received)
 
     return wait

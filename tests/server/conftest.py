@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from chiasm import checkpoints
@@ -18,7 +17,7 @@ from chiasm.server import ServerConfig, create_app
 from chiasm.wire import Role
 from tests.event_loops import slow_operations
 from tests.server.fake_engine import FakeEncoderEngine, FakeLanguageEngine
-from tests.server.serving import Reply, post, serving
+from tests.server.serving import Listening, Reply, post, serving
 
 MODEL = "bytes"
 SMALL = ServerConfig(
@@ -39,38 +38,21 @@ def event_loops_wait_for_nothing_slow() -> Iterator[None]:
 
 
 @dataclass
-class _Served:
-    url: str
-
-    @property
-    def chat(self) -> str:
-        return f"{self.url}/v1/chat/completions"
-
-    @property
-    def completions(self) -> str:
-        return f"{self.url}/v1/completions"
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-@dataclass
-class Served(_Served):
+class Served(Listening):
     """A fake language engine behind a real server."""
 
     engine: FakeLanguageEngine
 
 
 @dataclass
-class ServedEncoder(_Served):
+class ServedEncoder(Listening):
     """A fake encoder engine behind a real server."""
 
     engine: FakeEncoderEngine
 
 
 @dataclass
-class Demo(_Served):
+class Demo(Listening):
     """The demo checkpoint behind a real server."""
 
     def post(self, **body: Any) -> Reply:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -45,6 +46,25 @@ def serving(app: ASGIApp) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@dataclass
+class Listening:
+    """Where the endpoints of a server are, and a client of it."""
+
+    url: str
+
+    @property
+    def chat(self) -> str:
+        return f"{self.url}/v1/chat/completions"
+
+    @property
+    def completions(self) -> str:
+        return f"{self.url}/v1/completions"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
 @dataclass

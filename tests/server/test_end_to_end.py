@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
@@ -19,30 +18,17 @@ from chiasm.media import identifier
 from chiasm.server import app, create_app
 from chiasm.wire import AWAITED_PATH, PLACES_PATH, Role
 from tests.server.images import chat, embeds_part, image_part, png
-from tests.server.serving import Reply, begun, eventually, get, post, serving
+from tests.server.serving import Listening, Reply, begun, eventually, get, post, serving
 
 RED = png(64, 48, "red")
 BLUE = png(48, 64, "blue")
 
 
 @dataclass
-class Live:
+class Live(Listening):
     """A real engine behind a real server."""
 
     engine: Any
-    url: str
-
-    @property
-    def chat(self) -> str:
-        return f"{self.url}/v1/chat/completions"
-
-    @property
-    def completions(self) -> str:
-        return f"{self.url}/v1/completions"
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def name(self, image: bytes) -> str:
         return identifier(image, fingerprint=self.engine.model_fingerprint)
@@ -78,7 +64,7 @@ def live(model: Path, store: Path) -> Iterator[Callable[[Role], Live]]:
                 engine.start()
                 stack.callback(engine.stop)
                 url = stack.enter_context(serving(create_app(engine, served_model_name="synthetic")))
-                started[role] = Live(engine, url)
+                started[role] = Live(url, engine)
             return started[role]
 
         yield start
