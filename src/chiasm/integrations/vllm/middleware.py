@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -118,23 +118,23 @@ class ChiasmMiddleware:
             status, health = await self._current_health(scope, receive)
             await ready_response(health.status, status == HTTPStatus.OK)(scope, receive, send)
         elif (method, path) == ("POST", DRAIN_PATH):
-            await self._drain(scope, receive, send)
+            await _answering(self._drain)(scope, receive, send)
         elif (method, path) == ("GET", AWAITED_PATH) and (await self._described(scope)).has_connector:
-            await self._awaited(scope, receive, send)
+            await _answering(self._awaited)(scope, receive, send)
         elif (method, path) == ("POST", LOST_PATH) and (await self._described(scope)).health.tells_lost:
-            await self._lost(scope, receive, send)
+            await _answering(self._lost)(scope, receive, send)
         elif (method, path) == ("POST", PLACES_PATH) and (await self._described(scope)).has_connector:
-            await self._expect(scope, receive, send)
+            await _answering(self._expect)(scope, receive, send)
         elif (method, path) == ("POST", CHAT_PATH):
-            await self._stages.run(self._chat, scope, receive, send)
+            await self._stages.run(_answering(self._chat), scope, receive, send)
         elif (method, path) == ("POST", COMPLETIONS_PATH):
-            await self._stages.run(self._completion, scope, receive, send)
+            await self._stages.run(_answering(self._completion), scope, receive, send)
         elif method == "POST" and path in OTHER_PATHS and caller_of(scope).is_of_fleet:
-            await self._stages.run(self._other if path in IMAGE_PATHS else self._app, scope, receive, send)
+            await self._stages.run(_answering(self._other) if path in IMAGE_PATHS else self._app, scope, receive, send)
         elif method in _HARMLESS_METHODS or caller_of(scope).is_of_fleet:
             await self._app(scope, receive, send)
         else:
-            await self._for_stranger(scope, receive, send)
+            await _answering(self._for_stranger)(scope, receive, send)
 
     async def _described(self, scope: Scope) -> Description:
         """Return the instance's description, which is made once; after a failure it is tried again."""
@@ -194,138 +194,102 @@ class ChiasmMiddleware:
         await self._app({**scope, "path": "/health", "raw_path": b"/health"}, receive, note)
         return status, body.decode(errors="replace")
 
-    async def _drain(self, scope: Scope, receive: Receive, send: Send) -> None:
-        incoming = Incoming(receive)
-        try:
-            check_fleet(caller_of(scope), "Draining an instance")
-            await read_body(incoming, Headers(scope=scope), _MAX_ORDER_BYTES)
-            if has_several_servers(scope["app"].state):
-                raise ConflictError(
-                    "Several API servers share the engines of this instance. An order to drain reaches one of them, and when "
-                    "that has ended, vLLM ends the others with all that they answer. Send SIGTERM to its `vllm serve`, whose "
-                    "--shutdown-timeout is the time for what runs, or start it with --api-server-count 1."
-                )
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
+    async def _drain(self, scope: Scope, incoming: Incoming) -> ASGIApp:
+        check_fleet(caller_of(scope), "Draining an instance")
+        await read_body(incoming, Headers(scope=scope), _MAX_ORDER_BYTES)
+        if has_several_servers(scope["app"].state):
+            raise ConflictError(
+                "Several API servers share the engines of this instance. An order to drain reaches one of them, and when "
+                "that has ended, vLLM ends the others with all that they answer. Send SIGTERM to its `vllm serve`, whose "
+                "--shutdown-timeout is the time for what runs, or start it with --api-server-count 1."
+            )
         self._end.drain()
         state = DrainState(incarnation=self._membership.incarnation, requests=self._end.requests)
-        await json_response(state, HTTPStatus.ACCEPTED)(scope, receive, send)
+        return json_response(state, HTTPStatus.ACCEPTED)
 
     # ---- embeddings ---------------------------------------------------------------------------------------------------
 
-    async def _awaited(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _awaited(self, scope: Scope, incoming: Incoming) -> ASGIApp:
         """Name the embeddings that the requests of all engines wait for. Waits for the end of a step."""
-        try:
-            check_fleet(caller_of(scope), "What embeddings are awaited")
-        except ChiasmError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        awaited = await awaited_embeddings(scope["app"].state)
-        await json_response(AwaitedEmbeddings(identifiers=awaited))(scope, receive, send)
+        check_fleet(caller_of(scope), "What embeddings are awaited")
+        return json_response(AwaitedEmbeddings(identifiers=await awaited_embeddings(scope["app"].state)))
 
-    async def _lost(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _lost(self, scope: Scope, incoming: Incoming) -> ASGIApp:
         """Answer when some embeddings are lost, at the end of the time, or when the server is asked to end."""
-        incoming = Incoming(receive)
-        try:
-            check_fleet(caller_of(scope), "What embeddings are lost")
-            question = read_question(await read_body(incoming, Headers(scope=scope), MAX_QUESTION_BYTES))
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
+        check_fleet(caller_of(scope), "What embeddings are lost")
+        question = read_question(await read_body(incoming, Headers(scope=scope), MAX_QUESTION_BYTES))
         told = lost_embeddings(scope["app"].state, question.asker, question.published)
         lost = await until_told(told, question.seconds, receive=incoming, ends=self._end.asked)
-        await json_response(AwaitedEmbeddings(identifiers=lost))(scope, receive, send)
+        return json_response(AwaitedEmbeddings(identifiers=lost))
 
-    async def _expect(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _expect(self, scope: Scope, incoming: Incoming) -> ASGIApp:
         """Tell all engines where embeddings are or will be. Waits for the end of a step."""
-        incoming = Incoming(receive)
-        try:
-            check_fleet(caller_of(scope), "Saying where embeddings are")
-            body = await read_body(incoming, Headers(scope=scope), MAX_PLACES_BYTES)
-            told = read_places(body)
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
+        check_fleet(caller_of(scope), "Saying where embeddings are")
+        told = read_places(await read_body(incoming, Headers(scope=scope), MAX_PLACES_BYTES))
         await ask_engines(scope["app"].state, EXPECT_METHOD, msgspec.json.encode(told).decode())
-        await Response(status_code=HTTPStatus.NO_CONTENT)(scope, receive, send)
+        return Response(status_code=HTTPStatus.NO_CONTENT)
 
-    # ---- text completions, and strangers --------------------------------------------------------------------------------
+    # ---- what vLLM answers --------------------------------------------------------------------------------------------
 
-    async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
-        incoming = Incoming(receive)
-        try:
-            body = await read_body(incoming, Headers(scope=scope), self._max_body_bytes)
-            limit = self._max_text_bytes
-            await _beside(body, lambda: check_completion(body, caller_of(scope), max_text_bytes=limit))
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
-        await self._app(_with_length(scope, body), _replayed(body, receive), send)
-
-    async def _for_stranger(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _for_stranger(self, scope: Scope, incoming: Incoming) -> ASGIApp:
         """Refuse any other path, since it may be one that does what only the fleet may."""
-        try:
-            check_fleet(caller_of(scope), f"{scope['method']} {scope['path'][:_SHOWN_BYTES]}")
-        except ChiasmError as error:
-            await _refuse(error, Incoming(receive), scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        check_fleet(caller_of(scope), f"{scope['method']} {scope['path'][:_SHOWN_BYTES]}")
+        return self._app
 
-    # ---- chat completions -------------------------------------------------------------------------------------------
+    async def _completion(self, scope: Scope, incoming: Incoming) -> ASGIApp:
+        body, limit = await read_body(incoming, Headers(scope=scope), self._max_body_bytes), self._max_text_bytes
+        await _beside(body, lambda: check_completion(body, caller_of(scope), max_text_bytes=limit))
+        return self._with_body(body)
 
-    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        incoming = Incoming(receive)
-        try:
-            headers = Headers(scope=scope)
-            given = await read_body(incoming, headers, self._max_body_bytes)
-            described = None
-            if EMBEDS_KEY in given:
-                described = await self._described(scope)
-                send = _explained(scope, receive, send)
-            placeholder = await self._placeholder(scope)
-            limit = self._max_text_bytes
-            body = await _beside(
-                given, lambda: chat_for_vllm(given, caller_of(scope), described, placeholder, max_text_bytes=limit)
-            )
-            if body is not given or "content-encoding" in headers:
-                scope = _with_length(scope, body)
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
-        await self._app(scope, _replayed(body, receive), send)
+    async def _chat(self, scope: Scope, incoming: Incoming) -> ASGIApp:
+        given, described, placeholder = await self._given(scope, incoming)
+        limit = self._max_text_bytes
+        body = await _beside(
+            given, lambda: chat_for_vllm(given, caller_of(scope), described, placeholder, max_text_bytes=limit)
+        )
+        return self._with_body(body, has_embeddings=described is not None)
 
-    # ---- responses and messages -----------------------------------------------------------------------------------------
-
-    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
-        incoming = Incoming(receive)
-        try:
-            given = await read_body(incoming, Headers(scope=scope), self._max_body_bytes)
-            described = None
-            if EMBEDS_KEY in given:
-                described = await self._described(scope)
-                send = _explained(scope, receive, send)
-            placeholder, path, limit = await self._placeholder(scope), scope["path"], self._max_text_bytes
-            body, named = await _beside(
-                given, lambda: other_for_vllm(path, given, described, placeholder, max_text_bytes=limit)
-            )
-        except ClientLeftError:
-            return
-        except ChiasmError as error:
-            await _refuse(error, incoming, scope, receive, send)
-            return
+    async def _other(self, scope: Scope, incoming: Incoming) -> ASGIApp:
+        """Responses and messages."""
+        given, described, placeholder = await self._given(scope, incoming)
+        path, limit = scope["path"], self._max_text_bytes
+        body, named = await _beside(
+            given, lambda: other_for_vllm(path, given, described, placeholder, max_text_bytes=limit)
+        )
         note_named(named)
-        await self._app(_with_length(scope, body), _replayed(body, receive), send)
+        return self._with_body(body, has_embeddings=described is not None)
+
+    async def _given(self, scope: Scope, incoming: Incoming) -> tuple[bytes, Description | None, str]:
+        """Return a body, the instance's description if the body may have embeddings, and the word for an image."""
+        body = await read_body(incoming, Headers(scope=scope), self._max_body_bytes)
+        described = await self._described(scope) if EMBEDS_KEY in body else None
+        return body, described, await self._placeholder(scope)
+
+    def _with_body(self, body: bytes, *, has_embeddings: bool = False) -> ASGIApp:
+        """Have vLLM answer a request with this body, and explain its errors if an embedding may be the reason."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            told = _explained(scope, receive, send) if has_embeddings else send
+            await self._app(_with_length(scope, body), _replayed(body, receive), told)
+
+        return answer
+
+
+def _answering(prepare: Callable[[Scope, Incoming], Awaitable[ASGIApp]]) -> ASGIApp:
+    """Have a request answered by what ``prepare`` returns; refuse it if that raises a ChiasmError."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        incoming = Incoming(receive)
+        try:
+            prepared = await prepare(scope, incoming)
+        except ClientLeftError:
+            return
+        except ChiasmError as error:
+            await _refuse(error, incoming, scope, receive, send)
+            return
+        await prepared(scope, receive, send)
+
+    return answer
 
 
 async def _beside(body: bytes, read: Callable[[], _T]) -> _T:
