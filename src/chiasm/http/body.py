@@ -208,6 +208,16 @@ def _check_media_type(content_type: str) -> None:
         )
 
 
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """Return the ``receive`` of an application that has yet to read a body that was read here."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return left.pop() if left else await receive()
+
+    return receive_again
+
+
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a response whose body is the JSON of ``content``."""
     return Response(msgspec.json.encode(content), status, headers, "application/json")

@@ -42,6 +42,15 @@ def bind(host: str, port: int, *, option: str = "--port", listening: bool = True
     return listener
 
 
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address, and no name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Return whether who listens on this address or name is reached from its own machine alone.
 

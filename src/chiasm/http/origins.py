@@ -9,7 +9,6 @@ it names a host that is neither ``localhost`` nor an address. Only browsers send
 from __future__ import annotations
 
 from http import HTTPStatus
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from chiasm.errors import Code, ForbiddenError, InvalidRequestError
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
+from chiasm.http.listen import is_address
 from chiasm.http.visit import visit_of
 
 _SHOWN_CHARACTERS = 100
@@ -84,13 +84,8 @@ class LocalOnly:
         return ""
 
     def _is_known(self, name: str) -> bool:
-        if name in self._hosts or _ANY in self._hosts or name == "localhost" or name.endswith(".localhost"):
-            return True
-        try:
-            ip_address(name)
-        except ValueError:
-            return False
-        return True
+        is_named = name in self._hosts or _ANY in self._hosts or name == "localhost" or name.endswith(".localhost")
+        return is_named or is_address(name)
 
 
 def _name_of(url: str) -> str:

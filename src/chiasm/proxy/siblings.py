@@ -21,12 +21,12 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chiasm.errors import ChiasmError, ConfigurationError, PathNotFoundError
 from chiasm.http import json_response
 from chiasm.http.answer import read_beginning
-from chiasm.http.body import ClientLeftError, read_body
+from chiasm.http.body import ClientLeftError, read_body, replayed
 from chiasm.http.errors import error_response
 from chiasm.wire import INSTANCES_PATH, LEASE_PATH, MEMBERS_PATH, UNREADABLE, WORKER_HEADER, Members
 
@@ -210,7 +210,7 @@ class Repeater:
             return
         repeating = asyncio.create_task(self._siblings.repeat(scope, body))
         try:
-            await self._app(_without_encoding(scope), _replayed(body, receive), send)
+            await self._app(_without_encoding(scope), replayed(body, receive), send)
             await asyncio.wait((repeating,), timeout=_PAGE_SECONDS)
         finally:
             repeating.cancel()
@@ -260,12 +260,3 @@ def _asked_by(scope: Scope) -> dict[str, str]:
 def _without_encoding(scope: Scope) -> Scope:
     fields = [(name, value) for name, value in scope["headers"] if name != b"content-encoding"]
     return {**scope, "headers": fields}
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replayed() -> Message:
-        return left.pop() if left else await receive()
-
-    return replayed

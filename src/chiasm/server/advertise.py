@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Sequence
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from chiasm.errors import ConfigurationError
-from chiasm.http.listen import base_url, check_instance_url, check_url, is_loopback
+from chiasm.http.listen import base_url, check_instance_url, check_url, is_address, is_loopback
 
 MAX_PROXIES = 64
 _WILDCARDS = ("", "0.0.0.0", "::")
@@ -30,7 +29,7 @@ def check_proxies(proxies: Sequence[str], host: str, advertise_url: str) -> tupl
         check_instance_url(advertise_url)
         return checked
     for url in checked:
-        if is_loopback(host) and _is_address(proxy := urlsplit(url).hostname or "") and not is_loopback(proxy):
+        if is_loopback(host) and is_address(proxy := urlsplit(url).hostname or "") and not is_loopback(proxy):
             raise ConfigurationError(
                 f"--join {url}: an instance that listens on {host} can't be reached from another machine. Give --host its own "
                 "address, or --advertise-url the URL under which the proxy reaches it."
@@ -76,11 +75,3 @@ def _address_towards(url: str) -> str:
             own,
         )
     return own
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True

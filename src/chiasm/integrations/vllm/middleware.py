@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chiasm.errors import ChiasmError, ConflictError, EmbeddingUnavailableError
 from chiasm.fleet_key import read_fleet_key
 from chiasm.http import ClientLeftError, json_response, read_body
-from chiasm.http.body import Incoming
+from chiasm.http.body import Incoming, replayed
 from chiasm.http.config import HttpConfig
 from chiasm.http.errors import error_response
 from chiasm.http.fleet_calls import FleetGuard, caller_of, check_fleet
@@ -270,7 +270,7 @@ class ChiasmMiddleware:
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             told = _explained(scope, receive, send) if has_embeddings else send
-            await self._app(_with_length(scope, body), _replayed(body, receive), told)
+            await self._app(_with_length(scope, body), replayed(body, receive), told)
 
         return answer
 
@@ -309,16 +309,6 @@ async def _refuse(error: ChiasmError, incoming: Incoming, scope: Scope, receive:
     _refusals().note_error(error.code or error.kind)
     await incoming.discard(HttpConfig.discard_seconds, HttpConfig.discard_bytes)
     await error_response(error)(scope, receive, send)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return the ``receive`` of an application that has yet to read a body that was read here."""
-    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replayed() -> Message:
-        return left.pop() if left else await receive()
-
-    return replayed
 
 
 def _with_length(scope: Scope, body: bytes) -> Scope:
