@@ -203,9 +203,8 @@ class PeerConnector(ECConnector):
         if identifier in self._noted:
             return True
         self._taken.pop(identifier, None)
-        if (
-            tensor := self._in_use.get(identifier)
-        ) is not None:  # the engine has given it up, and something still uses it
+        tensor = self._in_use.get(identifier)
+        if tensor is not None:  # the engine has given it up, and something still uses it
             self._reader.bring_back(identifier, Arrived(tensor, 0.0))
         return self._reader.ask(identifier)
 

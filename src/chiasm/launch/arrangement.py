@@ -163,9 +163,8 @@ def _choose(config: DeploymentConfig, gpus: Sequence[Gpu], model_bytes: int) -> 
     smallest = min((gpu.memory_bytes for gpu in named), default=0)
     if len(named) > 1 and smallest and model_bytes > _LANGUAGE_SHARE * smallest:
         return Layout.SPLIT, "the model is too large for a part of one GPU"
-    return Layout.COLOCATED, "the devices are alike" if len(
-        named
-    ) > 1 or "/" in config.devices else "there is one device"
+    are_several = len(named) > 1 or "/" in config.devices
+    return Layout.COLOCATED, "the devices are alike" if are_several else "there is one device"
 
 
 # ---- devices that are shared --------------------------------------------------------------------------------------------

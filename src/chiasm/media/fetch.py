@@ -173,10 +173,9 @@ class Fetcher:
         for _ in range(self.config.max_redirects + 1):
             self._check_host(target)
             try:
+                # The host's turn comes first, so that who waits for a host takes no other place.
                 async with (
-                    self._turns_of_host(
-                        target.raw_host or ""
-                    ),  # first, so that who waits for a host takes no other place
+                    self._turns_of_host(target.raw_host or ""),
                     self._turns,
                     self._session.get(target, allow_redirects=False) as response,
                 ):

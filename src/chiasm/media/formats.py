@@ -57,31 +57,26 @@ def _brands(data: bytes) -> set[bytes]:
     return {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
 
 
+def _is_avif(data: bytes) -> bool:
+    return not _brands(data).isdisjoint({b"avif", b"avis"})
+
+
+def _is_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
 FORMATS = (
     Format("PNG", "png", _begins(b"\x89PNG\r\n\x1a\n"), png.walk, PngImagePlugin.PngImageFile),
     # Not Pillow's factory function, which would use another plugin for a phone's file of several images (MPO).
     Format("JPEG", "jpeg", _begins(b"\xff\xd8\xff"), jpeg.walk, JpegImagePlugin.JpegImageFile),
-    Format(
-        "WebP",
-        "webp",
-        lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP",
-        webp.walk,
-        WebPImagePlugin.WebPImageFile,
-    ),
+    Format("WebP", "webp", _is_webp, webp.walk, WebPImagePlugin.WebPImageFile),
     Format("GIF", "gif", _begins(b"GIF87a", b"GIF89a"), gif.walk, GifImagePlugin.GifImageFile),
     Format("BMP", "bmp", _begins(b"BM"), bmp.walk, BmpImagePlugin.BmpImageFile),
     Format("TIFF", "tiff", _begins(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), tiff.walk, TiffImagePlugin.TiffImageFile),
+    # Pillow can be built without it.
     *(
-        [
-            Format(
-                "AVIF",
-                "avif",
-                lambda data: bool(_brands(data) & {b"avif", b"avis"}),
-                avif.walk,
-                AvifImagePlugin.AvifImageFile,
-            )
-        ]
-        if AvifImagePlugin.SUPPORTED  # Pillow can be built without it
+        [Format("AVIF", "avif", _is_avif, avif.walk, AvifImagePlugin.AvifImageFile)]
+        if AvifImagePlugin.SUPPORTED
         else []
     ),
 )
@@ -95,7 +90,7 @@ _WEB_PAGE = re.compile(
 )
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
 _OTHERS: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
-    ("an AVIF image, which Pillow here was built without", lambda data: bool(_brands(data) & {b"avif", b"avis"})),
+    ("an AVIF image, which Pillow here was built without", _is_avif),
     ("a HEIF (HEIC) image", lambda data: bool(_brands(data) & _HEIF_BRANDS)),
     ("a video", lambda data: bool(_brands(data)) or data.startswith(b"\x1a\x45\xdf\xa3")),
     ("a JPEG 2000 image", _begins(b"\0\0\0\x0cjP  \r\n", b"\xff\x4f\xff\x51")),

@@ -205,9 +205,8 @@ def _neighbours(folder: Path, number: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     ready, done = context.Semaphore(0), context.Event()
     processes = [context.Process(target=_run_steps, args=(folder, ready, done), daemon=True) for _ in range(number)]
-    mask = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # Ctrl-C is for this process, which ends the others
+    # Ctrl-C is for this process, which ends the others.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
             process.start()

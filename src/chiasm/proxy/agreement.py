@@ -98,9 +98,8 @@ def elect(before: Agreement | None, members: Sequence[Member]) -> Agreement:
     if stores and before.health.ec_store not in stores:  # it was recreated, and all that use one have moved
         before = before._replace(health=replace(before.health, ec_store=""))
     ec_movers = {mover for member in members if (mover := ec_mover(member.health))}
-    if (
-        ec_movers and ec_mover(before.health) not in ec_movers
-    ):  # all that move embeddings came back with another connector
+    # All that move embeddings came back with another connector.
+    if ec_movers and ec_mover(before.health) not in ec_movers:
         before = before._replace(health=replace(before.health, ec_connector="", ec_store=""))
     movers = [_kv_mover(member.health) for member in members if member.health.kv_connector]
     if movers and _kv_mover(before.health) not in movers:  # the P and D that agreed on it are gone

@@ -172,10 +172,7 @@ class Siblings:
                 method, f"http://worker{path}", headers=headers, data=body
             ) as response:
                 await response.read()
-        except (
-            aiohttp.ClientError,
-            OSError,
-        ) as error:  # a worker that is started again asks
+        except (aiohttp.ClientError, OSError) as error:  # a worker that is started again asks
             _logger.warning("worker %d wasn't told of %s %s: %s", number, method, path, error)
 
 
