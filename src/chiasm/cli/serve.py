@@ -13,7 +13,7 @@ from chiasm.engine.config import EngineConfig
 from chiasm.errors import ConfigurationError
 from chiasm.http.config import HttpConfig
 from chiasm.kv_transfer import KVTransferConfig
-from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
+from chiasm.launch.config import OF_EC, OF_KV, OF_STORE, DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.process import EC_OPTIONS, ProcessConfig
 from chiasm.media import MediaConfig
 from chiasm.options import NamedOption, flag, names_of
@@ -38,17 +38,6 @@ _OF_PROXY = (
 _OF_PROXY_ALONE = ("otlp_traces_endpoint",)
 """Options of the proxy that say nothing about the deployment."""
 _OF_ROLE = ("cpus", "devices", "memory_share")
-_OF_EC = (
-    "connector_module_path",
-    "connector_extra_config",
-    "shared_storage_path",
-    "ec_max_bytes",
-    "ec_receive_bytes",
-    "ec_store",
-    "ec_store_read_bytes",
-    "ec_store_queue_bytes",
-)
-_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_lease_seconds")
 _COUNTS = {
     Role.ENCODER: "encoders",
     Role.PD: "pds",
@@ -97,8 +86,8 @@ def add_options(made: Parser) -> None:
     embeddings = made.add_argument_group("embeddings")
     made.add(embeddings, DeploymentConfig, only=("connector",))
     for config in EC_OPTIONS:
-        made.add(embeddings, config, only=_OF_EC)
-    made.add("KV cache between prefill and decode", KVTransferConfig, only=_OF_KV)
+        made.add(embeddings, config, only={*OF_EC, *OF_STORE} - {"connector"})
+    made.add("KV cache between prefill and decode", KVTransferConfig, only=OF_KV)
     made.add("images", MediaConfig)
 
 
@@ -152,7 +141,7 @@ def deployment_config(settings: Mapping[str, Any]) -> DeploymentConfig:
     of_proxy = _chosen(of_all, "log_level", "max_items", *names_of(MediaConfig))
     of_proxy |= _chosen(settings, *_OF_PROXY_ALONE, *names_of(HttpConfig))
     of_proxy |= _parsed("proxy_args", settings, proxy.add_options)
-    own = (*_OF_DEPLOYMENT, *_OF_PROXY, *_OF_KV, "connector", *_OF_EC)
+    own = (*_OF_DEPLOYMENT, *_OF_PROXY, *OF_KV, *OF_EC, *OF_STORE)
     least, most = settings.get("encoders", (None, None))
     counts = instance_counts(settings if most is None else {**settings, "encoders": most})
     roles = {role: _role_config(role, count, settings) for role, count in counts.items()}

@@ -24,7 +24,7 @@ from chiasm.wire import Role
 _FOLDER = "SharedStorageConnector"
 _MEMORY = "SharedMemoryConnector"
 _NIXL = "NixlConnector"
-_OF_EC = (
+OF_EC = (
     "connector",
     "connector_module_path",
     "connector_extra_config",
@@ -33,7 +33,9 @@ _OF_EC = (
     "ec_receive_bytes",
 )
 """What says how embeddings move. A store is left out, since it may be in the environment of all."""
-_OF_KV = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_lease_seconds")
+OF_STORE = ("ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
+"""What says where else embeddings are kept."""
+OF_KV = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config", "kv_lease_seconds")
 """What says how KV moves."""
 MAX_INSTANCES = 1024
 """Instances of one role."""
@@ -247,12 +249,12 @@ class DeploymentConfig:
                 raise ConfigurationError(
                     f"{', '.join(options)}: there are no {name} instances here; ask for some, or leave this out."
                 )
-        if not self.exchanges_embeddings and (options := self._given(_OF_EC)):
+        if not self.exchanges_embeddings and (options := self._given(OF_EC)):
             raise ConfigurationError(
                 f"{', '.join(options)}: no embeddings go from instance to instance here; leave this out, or ask for PD or "
                 "prefill instances."
             )
-        if not self.count(Role.PREFILL) and (options := self._given(_OF_KV)):
+        if not self.count(Role.PREFILL) and (options := self._given(OF_KV)):
             raise ConfigurationError(
                 f"{', '.join(options)}: only prefill and decode instances exchange KV; leave this out, or ask for --prefills "
                 "and --decodes."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.launch import vllm
-from chiasm.launch.config import DeploymentConfig, EngineKind
+from chiasm.launch.config import OF_STORE, DeploymentConfig, EngineKind
 from chiasm.launch.devices import Placement, Placements, mps_runs
 from chiasm.launch.ports import HeldPort
 from chiasm.launch.process import KV_ROLES, instance_process, proxy_process, to_json
@@ -21,7 +21,6 @@ PROXY = "proxy"
 LOOPBACK = "127.0.0.1"
 _MPS_PRIORITY, _MPS_BELOW_NORMAL = "CUDA_MPS_CLIENT_PRIORITY", "1"
 _EC_ROLES = (Role.ENCODER, Role.PD, Role.PREFILL)
-_OF_EC = ("ec_receive_bytes", "ec_store", "ec_store_read_bytes", "ec_store_queue_bytes")
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,11 @@ def instance_settings(
         }
         if surroundings.storage is not None and not config.moves_from_memory:
             settings["shared_storage_path"] = surroundings.storage
-        settings |= {name: value for name in _OF_EC if (value := getattr(config, name)) not in (None, "")}
+        settings |= {
+            name: value
+            for name in ("ec_receive_bytes", *OF_STORE)
+            if (value := getattr(config, name)) not in (None, "")
+        }
     if role in KV_ROLES:
         names = ["kv_connector", "kv_connector_module_path", *(["kv_lease_seconds"] if role is Role.PREFILL else [])]
         settings |= {name: value for name in names if (value := getattr(config, name)) is not None}
