@@ -15,6 +15,7 @@ import msgspec
 
 from chiasm.doctor.report import shown
 from chiasm.fleet_key import FleetKey
+from chiasm.http.answer import read_beginning
 from chiasm.http.fleet_calls import body_digest, signature
 from chiasm.http.timing import read_timing
 from chiasm.wire import ErrorBody
@@ -197,13 +198,11 @@ def _place(url: str) -> str:
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    body = bytearray()
-    while chunk := await response.content.readany():
-        body += chunk
-        if len(body) > max_bytes:
-            response.close()
-            raise NoAnswerError(f"answered with more than {max_bytes} bytes")
-    return bytes(body)
+    body = await read_beginning(response, max_bytes + 1)
+    if len(body) > max_bytes:
+        response.close()
+        raise NoAnswerError(f"answered with more than {max_bytes} bytes")
+    return body
 
 
 def _seconds_ahead(date: str | None, began: float, ended: float) -> float | None:
