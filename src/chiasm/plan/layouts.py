@@ -221,13 +221,11 @@ class DoesNotFitError(Exception):
     """A candidate needs more memory than there is. The message says what doesn't fit."""
 
 
-def limits_of(
-    candidate: Candidate, shape: ModelShape, longest_tokens: int, total_tokens: int
-) -> list[LanguageLimits | None]:
+def limits_of(candidate: Candidate, shape: ModelShape, longest_tokens: int) -> list[LanguageLimits | None]:
     """Return what each instance has room for, None for encoders. Raises DoesNotFitError.
 
-    ``longest_tokens`` is the length of the longest request, prompt and answer together, ``total_tokens`` that of all. Room that
-    they can never use is left out, since it would only take the simulation's time.
+    ``longest_tokens`` is the length of the longest request, prompt and answer together. Room that requests can never use is
+    left out, since it would only take the simulation's time.
     """
     rooms = [_room(candidate, index, shape) for index in range(len(candidate.places))]
     found: list[LanguageLimits | None] = []
@@ -309,7 +307,7 @@ def fitting(
     reasons: list[str] = []
     for candidate in candidates_:
         try:
-            limits_of(candidate, shape, longest_tokens, longest_tokens)
+            limits_of(candidate, shape, longest_tokens)
         except DoesNotFitError as error:
             reasons.append(str(error))
             note(candidate, str(error))

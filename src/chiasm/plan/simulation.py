@@ -120,11 +120,9 @@ class Simulation:
         self._flights: dict[str, _Flight] = {}
 
     def _make_servers(self, candidate: Candidate, costs: Sequence[CostModel]) -> list[_Server]:
-        sizes = [tokens_of(arrival.shape, self._shape) for arrival in self._arrivals]
+        longest = max((tokens_of(arrival.shape, self._shape) for arrival in self._arrivals), default=1)
         servers: list[_Server] = []
-        for planned, limits in zip(
-            candidate.instances, limits_of(candidate, self._shape, max(sizes, default=1), sum(sizes)), strict=True
-        ):
+        for planned, limits in zip(candidate.instances, limits_of(candidate, self._shape, longest), strict=True):
             device, cost = self._devices[planned.place], costs[planned.place]
             own = planned.role is Role.AGGREGATED
             server = _Server(planned, device, cost, Store(ENCODER_BYTES))

@@ -191,7 +191,7 @@ class Balancer:
         await self._take(assignment, avoid)
         return assignment
 
-    async def move(self, assignment: Assignment, job: Job) -> None:
+    async def move(self, assignment: Assignment) -> None:
         """Assign another instance; the same one only if no other is healthy. Raises OverloadedError if none becomes so."""
         assignment.release()
         await self._take(assignment, {assignment.instance})

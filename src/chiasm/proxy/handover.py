@@ -163,7 +163,7 @@ class Handover:
             try:
                 return await self._balancer.open(assignment, self._job, with_handle, waits_for_room=waits)
             except (InstanceLostError, ResponseCutOffError):
-                await self._balancer.move(assignment, self._job)
+                await self._balancer.move(assignment)
         return await self._balancer.open(assignment, self._job, with_handle, waits_for_room=waits)
 
     async def _examine(

@@ -311,7 +311,7 @@ class Router:
                 await self._balancer.lost(assignment.instance, lost)
             if self._other_role(job, assignment.instance):
                 raise lost
-            await job.unless_encoding_fails(self._balancer.move(assignment, job))
+            await job.unless_encoding_fails(self._balancer.move(assignment))
             self._metrics.language_retries.inc()
 
     async def _send_back(self, job: Job, call: Call, assignment: Assignment) -> None:
