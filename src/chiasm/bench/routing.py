@@ -255,10 +255,10 @@ class RoutingSimulation:
         self.time.at(began + seconds, ended)
 
 
-def popular(count: int, *, items: int, rate: float, seed: int, exponent: float = 1.0) -> list[Image]:
+def popular(count: int, *, items: int, rate: float, seed: int) -> list[Image]:
     """Return images whose popularity is Zipf's, at random times with ``rate`` images a second on average."""
     chance = random.Random(seed)
-    weights = list(itertools.accumulate(1 / rank**exponent for rank in range(1, items + 1)))
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, items + 1)))
     images: list[Image] = []
     now = 0.0
     for number in chance.choices(range(items), cum_weights=weights, k=count):

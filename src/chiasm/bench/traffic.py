@@ -113,13 +113,13 @@ class Mix:
         return [Arrival(time, shape) for time, shape in zip(times, shapes, strict=True)]
 
 
-def arrivals(generator: random.Random, number: int, cv: float = ARRIVAL_CV) -> list[float]:
-    """Return times of arrival from 0 on, whose gaps follow a Gamma distribution.
+def arrivals(generator: random.Random, number: int) -> list[float]:
+    """Return times of arrival from 0 on, whose gaps follow a Gamma distribution with ``ARRIVAL_CV``.
 
     They are scaled so that the ``number`` requests take ``number`` seconds, the gap after the last one included. Otherwise a
     third more or fewer would arrive per second than intended, since there are few of them.
     """
-    gaps = [generator.gammavariate(1 / cv**2, cv**2) for _ in range(number)]
+    gaps = [generator.gammavariate(1 / ARRIVAL_CV**2, ARRIVAL_CV**2) for _ in range(number)]
     scale = number / sum(gaps)
     return [scale * time for time in itertools.accumulate(gaps[:-1], initial=0.0)]
 

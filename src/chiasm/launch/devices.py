@@ -63,9 +63,9 @@ def found_gpus(environment: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     return tuple(replace(known.get(name, Gpu(name)), name=name) for name in names)
 
 
-def mps_runs(environment: Mapping[str, str] = os.environ) -> bool:
+def mps_runs() -> bool:
     """Return whether CUDA's Multi-Process Service runs, so that the processes on a GPU can have priorities."""
-    return (Path(environment.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_FOLDER) / "control").exists()
+    return (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_FOLDER) / "control").exists()
 
 
 def place(roles: Mapping[Role, RoleConfig], found: Sequence[str], attention_heads: int | None = None) -> Placements:

@@ -35,7 +35,7 @@ def load_part(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    progress: LoadProgress | None = None,
+    progress: LoadProgress | None,
 ) -> nn.Module:
     """Return the checkpoint's model with only the modules of ``part``, in eval mode and without gradients.
 
