@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -30,153 +30,116 @@ class Metrics:
 
     def __init__(self, fleet: Fleet) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter(
             "chiasm_proxy_requests",
             "Requests answered, by route and HTTP status (499: the client left).",
             ["route", "status"],
-            registry=self.registry,
         )
-        self.key_requests = Counter(
+        self.key_requests = counter(
             "chiasm_proxy_key_requests",
             "The same by the name of the API key and HTTP status, for keys that have a name.",
             ["key", "status"],
-            registry=self.registry,
         )
-        self.in_flight = Gauge("chiasm_proxy_requests_in_flight", "Requests being answered.", registry=self.registry)
-        self.items = Counter(
+        self.in_flight = gauge("chiasm_proxy_requests_in_flight", "Requests being answered.")
+        self.items = counter(
             "chiasm_proxy_items",
             "Images by outcome: encoded, joined (waited for the encoding of an equal image), stored (the shared cache had its "
             "embedding), refused, failed.",
             ["outcome"],
-            registry=self.registry,
         )
-        self.items_waiting = Gauge(
-            "chiasm_proxy_items_waiting", "Images that wait for an encoder with room.", registry=self.registry
-        )
-        self.encode_retries = Counter(
-            "chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure.", registry=self.registry
-        )
-        self.hedges = Counter(
+        self.items_waiting = gauge("chiasm_proxy_items_waiting", "Images that wait for an encoder with room.")
+        self.encode_retries = counter("chiasm_proxy_encode_retries", "Images sent to an encoder again after a failure.")
+        self.hedges = counter(
             "chiasm_proxy_hedges",
             "Late calls to encoders whose images went to a second one too, by outcome: won (the second answered first), lost.",
             ["outcome"],
-            registry=self.registry,
         )
-        self.encode_refusals = Counter(
-            "chiasm_proxy_encode_refusals", "Calls refused by a full encoder.", registry=self.registry
-        )
-        self.embeddings_lost = Counter(
+        self.encode_refusals = counter("chiasm_proxy_encode_refusals", "Calls refused by a full encoder.")
+        self.embeddings_lost = counter(
             "chiasm_proxy_embeddings_lost",
             "Embeddings lost before the instance that needs them had read them; their images are encoded again.",
-            registry=self.registry,
         )
-        self.places = Counter(
+        self.places = counter(
             "chiasm_proxy_places",
             "Embeddings of whose place a language instance was told, by outcome: told, untold.",
             ["outcome"],
-            registry=self.registry,
         )
-        self.store_questions = Counter(
+        self.store_questions = counter(
             "chiasm_proxy_store_questions",
             "Questions to the shared cache, by outcome: answered, late (the request went on without), failed, paused (not "
             "asked after a failure).",
             ["outcome"],
-            registry=self.registry,
         )
-        self.store_used = Gauge(
+        self.store_used = gauge(
             "chiasm_proxy_store_used",
             "1 if the shared cache is asked, 0 if there is none or a language instance can't use one.",
-            registry=self.registry,
         )
-        self.language_retries = Counter(
+        self.language_retries = counter(
             "chiasm_proxy_language_retries",
             "Requests sent to an instance again after a lost connection, or after the last encoder was lost.",
-            registry=self.registry,
         )
-        self.waiting = Gauge(
+        self.waiting = gauge(
             "chiasm_proxy_requests_waiting",
             "Requests that wait, by reason: instance (for one that is expected back), room (all instances are full).",
             ["reason"],
-            registry=self.registry,
         )
-        self.language_refusals = Counter(
-            "chiasm_proxy_language_refusals",
-            "Calls refused by a full PD, aggregated or prefill instance.",
-            registry=self.registry,
+        self.language_refusals = counter(
+            "chiasm_proxy_language_refusals", "Calls refused by a full PD, aggregated or prefill instance."
         )
-        self.calls_given_up = Counter(
-            "chiasm_proxy_calls_given_up", "Calls ended because their instance didn't respond.", registry=self.registry
+        self.calls_given_up = counter(
+            "chiasm_proxy_calls_given_up", "Calls ended because their instance didn't respond."
         )
-        self.instances_returned = Counter(
+        self.instances_returned = counter(
             "chiasm_proxy_instances_returned",
             "Instances that responded again after they had been given up, without a restart: frozen, cut off or slow.",
             ["role"],
-            registry=self.registry,
         )
-        self.prefill_retries = Counter(
-            "chiasm_proxy_prefill_retries",
-            "Prompts prefilled again, for any reason.",
-            registry=self.registry,
-        )
-        self.resumed_streams = Counter(
+        self.prefill_retries = counter("chiasm_proxy_prefill_retries", "Prompts prefilled again, for any reason.")
+        self.resumed_streams = counter(
             "chiasm_proxy_resumed_streams",
             "Streams resumed on another instance after the client had received tokens, by reason.",
             ["reason"],
-            registry=self.registry,
         )
-        self.handovers = Counter(
-            "chiasm_proxy_handovers", "Requests handed over to a decode instance.", registry=self.registry
-        )
-        self.leases_given_back = Counter(
+        self.handovers = counter("chiasm_proxy_handovers", "Requests handed over to a decode instance.")
+        self.leases_given_back = counter(
             "chiasm_proxy_leases_given_back",
             "Requests that ended between prefill and decode, and whose prefill instance was told to free their KV.",
-            registry=self.registry,
         )
-        self.decode_refusals = Counter(
-            "chiasm_proxy_decode_refusals", "Calls refused by a full decode instance.", registry=self.registry
-        )
-        self.gap = Histogram(
+        self.decode_refusals = counter("chiasm_proxy_decode_refusals", "Calls refused by a full decode instance.")
+        self.gap = histogram(
             "chiasm_proxy_handover_gap_seconds",
             "Time in a stream between the first token, from prefill, and the second, from decode.",
             buckets=_GAP_BUCKETS,
-            registry=self.registry,
         )
-        self.overhead = Histogram(
+        self.overhead = histogram(
             "chiasm_proxy_overhead_seconds",
             "The proxy's own time from the last byte of the body to the call of an instance, without fetching images.",
             ["kind"],
             buckets=_OVERHEAD_BUCKETS,
-            registry=self.registry,
         )
-        self.fetch = Histogram(
-            "chiasm_proxy_fetch_seconds",
-            "Time to fetch a request's images.",
-            buckets=_FETCH_BUCKETS,
-            registry=self.registry,
+        self.fetch = histogram(
+            "chiasm_proxy_fetch_seconds", "Time to fetch a request's images.", buckets=_FETCH_BUCKETS
         )
-        self.encode = Histogram(
-            "chiasm_proxy_encode_seconds",
-            "Time until all encoders of a request had answered.",
-            buckets=_FETCH_BUCKETS,
-            registry=self.registry,
+        self.encode = histogram(
+            "chiasm_proxy_encode_seconds", "Time until all encoders of a request had answered.", buckets=_FETCH_BUCKETS
         )
-        self.estimate_ratio = Histogram(
+        self.estimate_ratio = histogram(
             "chiasm_proxy_estimate_ratio",
             "Measured time over the estimate at placement, of first tokens and of embeddings.",
             ["what"],
             buckets=_RATIO_BUCKETS,
-            registry=self.registry,
         )
         # Of what every request counts, by its labels: to look them up takes longer than to count.
         self.requests_of = cache(self.requests.labels)
         self.overhead_of = cache(self.overhead.labels)
         self.estimate_ratio_of = cache(self.estimate_ratio.labels)
-        self.traces = Counter(
+        self.traces = counter(
             "chiasm_proxy_traces",
             "Sampled requests by what became of their spans: exported, failed (the collector didn't take them), dropped (too "
             "many waited).",
             ["outcome"],
-            registry=self.registry,
         )
         self.refusals = Refusals(self.registry)
         self.registry.register(_FleetCollector(fleet))
@@ -235,24 +198,15 @@ class _FleetCollector(Collector):
             "1 if requests for text can be answered, 0 while a role has no instance for that, known or not.",
             value=float(self._fleet.missing is None),
         )
-        labels = ["url", "role"]
-        healthy = GaugeMetricFamily(
-            "chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0.", labels=labels
-        )
-        work = GaugeMetricFamily(
+        family = partial(GaugeMetricFamily, labels=["url", "role"])
+        healthy = family("chiasm_proxy_instance_healthy", "1 if the instance can be used, otherwise 0.")
+        work = family(
             "chiasm_proxy_instance_outstanding_work",
             "Calls at a decode instance, otherwise estimated seconds of the calls under way.",
-            labels=labels,
         )
-        calls = GaugeMetricFamily(
-            "chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way.", labels=labels
-        )
-        encode = GaugeMetricFamily(
-            "chiasm_proxy_instance_encode_factor", "Measured over reported seconds to encode.", labels=labels
-        )
-        prefill = GaugeMetricFamily(
-            "chiasm_proxy_instance_prefill_seconds_per_token", "As learned from answers.", labels=labels
-        )
+        calls = family("chiasm_proxy_instance_calls_in_flight", "Calls of the instance under way.")
+        encode = family("chiasm_proxy_instance_encode_factor", "Measured over reported seconds to encode.")
+        prefill = family("chiasm_proxy_instance_prefill_seconds_per_token", "As learned from answers.")
         now = time.monotonic()
         for instance in self._fleet.instances:
             values = [instance.url, instance.role.value]
