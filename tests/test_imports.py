@@ -16,6 +16,7 @@ SOURCE = Path(chiasm.__file__).parent
 LAYERS = (
     {
         "__init__",
+        "bounded_process",
         "errors",
         "wire",
         "findings",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from chiasm.cli.parser import Parser
-from chiasm.engine import grammar
+from chiasm.engine import grammar, grammar_process
 from chiasm.engine import request as engine_request
 from chiasm.http import json_size
 from chiasm.http.config import HttpConfig
@@ -23,6 +23,7 @@ from chiasm.server import json_schema, sampling, structured_output, tools
 CONSTANTS = (
     engine_request,
     grammar,
+    grammar_process,
     sampling,
     tools,
     structured_output,

@@ -26,6 +26,8 @@ class Code(enum.StrEnum):
     """The ``uuid`` of an image cannot name an embedding."""
     INVALID_GRAMMAR = "invalid_grammar"
     """A schema, a pattern or a grammar for the answer is malformed, impossible or too complex."""
+    GRAMMAR_TOO_EXPENSIVE = "grammar_too_expensive"
+    """Compiling a schema, a pattern or a grammar takes too much time or memory."""
     # 400: media
     INVALID_URL = "invalid_url"
     """A media URL is malformed, or its scheme is not supported."""

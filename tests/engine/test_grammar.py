@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from chiasm import checkpoints
-from chiasm.engine import grammar
+from chiasm.bounded_process import BoundedProcess
+from chiasm.engine import grammar, grammar_process
 from chiasm.engine.grammar import Grammar, GrammarCompiler, GrammarError
 from chiasm.errors import InvalidRequestError
 from chiasm.models import load_processor
@@ -22,6 +26,9 @@ from chiasm.models.base import Processor
 from chiasm.wire import KVTransferParams, Role
 from tests.engine.conftest import A, Instance, Start
 
+TAKES_MINUTES = "start: %json " + json.dumps(
+    {"allOf": [{"type": "string", "pattern": f"^.*a{{{number}}}b.*$"} for number in range(1, 50)]}
+)
 LETTERS = "start: /[a-z]{30}/"
 OBJECT = "start: %json " + json.dumps(
     {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
@@ -34,12 +41,15 @@ def processor() -> Processor:
 
 
 @pytest.fixture
-def compiler(processor: Processor) -> GrammarCompiler:
-    return GrammarCompiler(processor)
+def compiler(processor: Processor) -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(processor)
+    yield made
+    made.close()
 
 
 def _grammar(instance: Instance, source: str = LETTERS) -> Grammar:
-    return GrammarCompiler(instance.engine.processor).compile(source, param="x")
+    with contextlib.closing(GrammarCompiler(instance.engine.processor)) as compiler:
+        return compiler.compile(source, param="x")
 
 
 def _ids(processor: Processor, text: str) -> list[int]:
@@ -102,15 +112,15 @@ def test_a_grammar_that_takes_long_keeps_no_other_waiting(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, may_end = threading.Event(), threading.Event()
-    compiled = compiler._compiled
+    compiled = grammar_process.compiled
 
-    def slow(source: str, param: str) -> LLMatcher:
+    def slow(tokenizer: LLTokenizer, source: str) -> LLMatcher:
         if "slow" in source:
             begun.set()
             assert may_end.wait(60)
-        return compiled(source, param)
+        return compiled(tokenizer, source)
 
-    monkeypatch.setattr(compiler, "_compiled", slow)
+    monkeypatch.setattr(grammar, "compiled", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(compiler.compile, 'start: "slow"', param="x")
         assert begun.wait(60)
@@ -144,10 +154,59 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(compiler: GrammarCom
     assert caught.value.param == "response_format"
 
 
+@pytest.mark.parametrize("beside", ["", "%s |", "<[%d]> |"], ids=["alone", "a name", "a number"])
+def test_a_format_that_takes_minutes_is_refused_and_the_next_is_compiled(
+    compiler: GrammarCompiler, processor: Processor, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    """The process that tries it knows what it names, so nothing there ends before the expensive part is reached."""
+    monkeypatch.setattr(grammar, "MAX_COMPILE_SECONDS", 0.5)
+    end = min(processor.eos_token_ids)
+    named = beside % (processor.tokenizer.id_to_token(end) if "s" in beside else end) if beside else ""
+    source = TAKES_MINUTES.replace("start:", f"start: {named}")
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match=r"takes more than 0\.5 s to compile") as caught:
+            compiler.compile(source, param="response_format")
+        assert caught.value.code == "grammar_too_expensive"
+    compiler.compile(OBJECT, param="x")
+
+
+def test_a_refused_grammar_is_not_tried_again(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = 'start: %json {"type": "strin"}'
+    with pytest.raises(InvalidRequestError) as first:
+        compiler.compile(source, param="response_format")
+    monkeypatch.setattr(grammar, "BoundedProcess", None)
+    compiler.close()
+    with pytest.raises(InvalidRequestError) as second:
+        compiler.compile(source, param="tools")
+    assert second.value.message == first.value.message.replace("response_format", "tools")
+
+
+def test_a_compiler_that_crashes_costs_its_grammar_only(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar, "BoundedProcess", lambda *_: BoundedProcess("-c", "import os; os.abort()"))
+        with pytest.raises(InvalidRequestError, match="x is too complex"):
+            compiler.compile(LETTERS, param="x")
+        compiler.close()
+    compiler.compile(OBJECT, param="x")
+
+
+def test_closing_ends_the_processes(compiler: GrammarCompiler) -> None:
+    compiler.compile(OBJECT, param="x")
+    assert compiler._idle is not None
+    pid = compiler._idle.pid
+    assert pid is not None
+    compiler.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    compiler.close()
+
+
 def test_a_grammar_that_reached_a_limit_is_compiled_again(
     compiler: GrammarCompiler, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "_MAX_LEXER_STATES", 40)
+    monkeypatch.setattr(grammar_process, "_MAX_LEXER_STATES", 40)
     first = compiler.compile("start: /[ab]{90}/", param="x")
     with pytest.raises(GrammarError, match="too complex"):
         all(first.matcher().allowed(_ids(processor, "a") * length) for length in range(90))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from chiasm.bounded_process import BoundedProcess
 from chiasm.errors import MediaError
 from chiasm.media import MediaConfig, decode, decoding_process, inspect
 from chiasm.media.decoder import Decoder
@@ -50,7 +50,7 @@ async def test_the_process_returns_the_same_pixels(decoder: Decoder, threads: Th
 async def test_an_ordinary_image_starts_no_process(decoder: Decoder, threads: ThreadPoolExecutor) -> None:
     data = hostile.encode("PNG")
     assert await pixels(decoder, threads, data) == decode(data).tobytes()
-    assert decoder._process is None
+    assert decoder._process.pid is None
 
 
 async def test_an_image_that_takes_too_long_is_refused_and_the_next_is_decoded(
@@ -83,14 +83,14 @@ async def test_a_larger_image_than_its_header_has_promised_is_refused(
     assert caught.value.code == "image_too_large"
 
 
-async def test_a_process_that_crashes_costs_only_its_image(decoder: Decoder, threads: ThreadPoolExecutor) -> None:
+async def test_a_process_that_crashes_costs_only_its_image(
+    decoder: Decoder, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = hostile.encode("TIFF")
-    await pixels(decoder, threads, data)
-    assert decoder._process is not None
-    os.kill(decoder._process.pid, signal.SIGSEGV)
-    decoder._process.wait()
-    with pytest.raises(MediaError) as caught:
-        await pixels(decoder, threads, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_process", BoundedProcess("-c", "import os; os.abort()"))
+        with pytest.raises(MediaError) as caught:
+            await pixels(decoder, threads, data)
     assert caught.value.code == "invalid_image"
     assert await pixels(decoder, threads, data) == decode(data).tobytes()
 
@@ -123,26 +123,27 @@ async def test_an_image_that_keeps_its_thread_is_known(
 async def test_closing_ends_the_process(threads: ThreadPoolExecutor) -> None:
     decoder = Decoder(MediaConfig())
     await pixels(decoder, threads, hostile.encode("TIFF"))
-    process = decoder._process
-    assert process is not None
+    pid = decoder._process.pid
+    assert pid is not None
     decoder.close()
-    assert process.poll() is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
     decoder.close()
 
 
 def test_an_image_that_needs_too_much_memory_is_refused() -> None:
     without_room = (
-        "from chiasm.media import decoding_process as process\n"
-        "process._BYTES_PER_PIXEL = process._BYTES_BESIDE = process._BYTES_PER_CORE = 0\n"
+        "from chiasm import bounded_process\n"
+        "from chiasm.media import decoding_process\n"
+        "decoding_process._BYTES_PER_PIXEL = bounded_process._BYTES_BESIDE = bounded_process._BYTES_PER_CORE = 0\n"
         "import chiasm.media.image\n"
-        "process.main()\n"
+        "decoding_process.main()\n"
     )
     data = hostile.encode("TIFF", 4000, compression="tiff_lzw")
-    order = struct.pack(decoding_process.ORDER, len(data), 4000 * 4000, 10.0) + data
-    done = subprocess.run(
-        [sys.executable, "-c", without_room], input=order, capture_output=True, timeout=240, check=False
-    )
-    outcome, *_ = struct.unpack_from(decoding_process.ANSWER, done.stdout)
+    process = BoundedProcess("-c", without_room)
+    answer = process.ask(struct.pack(decoding_process.ORDER, 4000 * 4000), data, cpu_seconds=10.0)
+    process.end()
+    outcome, *_ = struct.unpack_from(decoding_process.ANSWER, answer)
     assert outcome == decoding_process.Outcome.TOO_EXPENSIVE
 
 

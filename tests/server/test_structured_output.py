@@ -15,7 +15,8 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from chiasm.engine import grammar
+from chiasm.bounded_process import BoundedProcess
+from chiasm.engine import grammar, grammar_process
 from tests.server.conftest import Demo
 from tests.server.images import image_part, png
 from tests.server.serving import post
@@ -353,12 +354,30 @@ def test_a_grammar_as_deep_as_one_may_be_leaves_the_instance_alive(demo: Demo, o
     assert demo.post(max_tokens=1).status == 200
 
 
+def test_tools_that_take_too_long_to_compile_are_not_tried_one_by_one(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bytes] = []
+    ask = BoundedProcess.ask
+
+    def counted(process: BoundedProcess, *order: bytes, cpu_seconds: float) -> bytes:
+        tried.append(b"".join(order))
+        return ask(process, *order, cpu_seconds=cpu_seconds)
+
+    monkeypatch.setattr(BoundedProcess, "ask", counted)
+    monkeypatch.setattr(grammar, "MAX_COMPILE_SECONDS", 0.5)
+    slow = {"allOf": [{"type": "string", "pattern": f"^.*a{{{number}}}b.*$"} for number in range(1, 50)]}
+    reply = demo.post(tools=[_tool("f"), _tool("g", parameters={"properties": {"x": slow}})])
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "grammar_too_expensive", "tools")
+    assert len(tried) == 1
+
+
 def test_a_pattern_that_grows_too_complex_costs_its_own_request_only(
     demo: Demo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = {"structured_outputs": {"regex": "[ab]{90}"}}
     with monkeypatch.context() as patch:
-        patch.setattr(grammar, "_MAX_LEXER_STATES", 40)
+        patch.setattr(grammar_process, "_MAX_LEXER_STATES", 40)
         reply = demo.post(**body)
     assert reply.status == 400
     assert reply.error["code"] == "invalid_grammar"

@@ -1,36 +1,39 @@
 """Grammars that answers must follow: compiled by llguidance, and applied as a mask of the tokens that may come next.
 
 A grammar is text in llguidance's variant of Lark, in which a rule may also be a JSON schema (``%json``). It is compiled
-once, in a thread of the caller. Each sequence has a matcher of its own, which is nothing but a function of the grammar and
-the output tokens so far: it can be made anew anywhere. llguidance is imported when the first grammar is compiled.
+once, in a thread of the caller, after a process with limits of CPU time and memory has tried it. Each sequence has a matcher
+of its own, which is nothing but a function of the grammar and the output tokens so far: it can be made anew anywhere.
+llguidance is imported when the first grammar is compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
+from chiasm.bounded_process import BoundedProcess, ProcessEndedError
+from chiasm.engine.grammar_process import Names, Order, compiled
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.models.token_bytes import token_bytes_of
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
     from chiasm.models.base import Processor
 
 MAX_GRAMMAR_BYTES = 512 << 10
 """Size of a grammar's text; a larger one is refused."""
-_MAX_LEXER_STATES = 20_000
-"""One to two kilobytes each."""
-_MAX_GRAMMAR_SYMBOLS = 100_000
-"""What a grammar may grow to when it is compiled. It bounds the time, together with llguidance's own limits."""
+MAX_COMPILE_SECONDS = 5.0
+"""CPU time for compiling a grammar."""
 _MAX_CACHED = 16
 _MAX_CACHED_BYTES = 4 << 20
 _SHOWN_CHARACTERS = 500
@@ -121,17 +124,36 @@ class Matcher:
         return sentence(self._matcher.get_error())
 
 
+class _Refusal(NamedTuple):
+    """Why a grammar is refused, in words that follow the name of its field."""
+
+    reason: str
+    code: Code
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps those that were used last. Thread-safe."""
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
-        self._lock = threading.Lock()  # of the cache
+        self._lock = threading.Lock()  # of the cache and the processes
         self._making_tokenizer = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._names: Names | None = None
         self._closers = Closers(processor)
-        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._cache: OrderedDict[str, Grammar | _Refusal] = OrderedDict()
         self._cached_bytes = 0
+        self._idle: BoundedProcess | None = None
+        self._busy: set[BoundedProcess] = set()
+
+    def close(self) -> None:
+        """End the processes in which grammars are tried. Idempotent."""
+        with self._lock:
+            idle, self._idle = self._idle, None
+            for process in self._busy:
+                process.kill()
+        if idle is not None:
+            idle.end()
 
     def compile(self, source: str, *, param: str) -> Grammar:
         """Return the compiled grammar. Slow for a new one; don't call it on an event loop.
@@ -145,40 +167,68 @@ class GrammarCompiler:
                 param=param,
                 code=Code.INVALID_GRAMMAR,
             )
+        known = self._known(source)
+        if known is None:
+            known = self._tried(source)  # without the lock, since it may take long
+            self._keep(source, known)
+        if isinstance(known, _Refusal):
+            raise InvalidRequestError(f"{param} {known.reason}", param=param, code=known.code)
+        return known
+
+    def _known(self, source: str) -> Grammar | _Refusal | None:
         with self._lock:
             known = self._cache.get(source)
-            if known is not None and not known.is_exhausted:
+            if isinstance(known, Grammar) and known.is_exhausted:
+                self._drop(source)
+                return None
+            if known is not None:
                 self._cache.move_to_end(source)
-                return known
-            self._drop(source)
-        grammar = Grammar(self._compiled(source, param), self._closers)  # without the lock, since it may take long
+            return known
+
+    def _keep(self, source: str, known: Grammar | _Refusal) -> None:
         with self._lock:
             self._drop(source)  # another thread may have compiled it too
-            self._cache[source] = grammar
+            self._cache[source] = known
             self._cached_bytes += len(source)
             while len(self._cache) > _MAX_CACHED or self._cached_bytes > _MAX_CACHED_BYTES:
                 self._drop(next(iter(self._cache)))
-            return grammar
 
     def _drop(self, source: str) -> None:
         if self._cache.pop(source, None) is not None:
             self._cached_bytes -= len(source)
 
-    def _compiled(self, source: str, param: str) -> LLMatcher:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._llguidance_tokenizer(), source, log_level=0, limits=_limits())
-        if not matcher.is_error():
-            matcher.compute_logit_bias()  # some schemas turn out to be impossible, and some to be too complex, only here
+    def _tried(self, source: str) -> Grammar | _Refusal:
+        tokenizer, names = self._llguidance_tokenizer()
+        try:
+            with self._process() as process:
+                process.ask(msgspec.msgpack.encode(Order(source, names)), cpu_seconds=MAX_COMPILE_SECONDS)
+        except ProcessEndedError as error:
+            what = f"takes more than {MAX_COMPILE_SECONDS:g} s to compile" if error.took_too_long else "is too complex"
+            return _Refusal(f"{what}; send a simpler schema or pattern.", Code.GRAMMAR_TOO_EXPENSIVE)
+        matcher = compiled(tokenizer, source)
         if matcher.is_error():
-            raise InvalidRequestError(
-                f"{param} cannot be followed: {sentence(matcher.get_error())}", param=param, code=Code.INVALID_GRAMMAR
-            )
-        return matcher
+            return _Refusal(f"cannot be followed: {sentence(matcher.get_error())}", Code.INVALID_GRAMMAR)
+        return Grammar(matcher, self._closers)
 
-    def _llguidance_tokenizer(self) -> LLTokenizer:
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[BoundedProcess]:
+        """A process for one grammar. One of them is kept for the next."""
+        with self._lock:
+            process = self._idle or BoundedProcess("-m", "chiasm.engine.grammar_process")
+            self._idle = None
+            self._busy.add(process)
+        try:
+            yield process
+        finally:
+            with self._lock:
+                self._busy.remove(process)
+                surplus, self._idle = self._idle, process
+            if surplus is not None:
+                surplus.end()
+
+    def _llguidance_tokenizer(self) -> tuple[LLTokenizer, Names]:
         with self._making_tokenizer:
-            if self._tokenizer is None:
+            if self._tokenizer is None or self._names is None:
                 from llguidance import LLTokenizer, TokenizerWrapper
 
                 vocabulary = _Vocabulary(self._processor)
@@ -186,7 +236,8 @@ class GrammarCompiler:
                 # all streams would wait.
                 bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
                 self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
-            return self._tokenizer
+                self._names = vocabulary.names
+            return self._tokenizer, self._names
 
 
 class _Vocabulary:
@@ -209,17 +260,14 @@ class _Vocabulary:
             )
         self.eos_token_id = self.ends[0]
 
+    @property
+    def names(self) -> Names:
+        special = tuple((token_id, self.tokens[token_id]) for token_id in self.special_token_ids)
+        return Names(len(self.tokens), special, tuple(self.ends))
+
     def __call__(self, text: str) -> list[int]:
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return token_ids
-
-
-def _limits() -> LLParserLimits:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SYMBOLS, verbose_errors=False
-    )
 
 
 def sentence(reason: str) -> str:

@@ -2,26 +2,22 @@
 
 For most files the header bounds the work: so many pixels, so many scans. They are decoded in a thread, which costs nothing
 extra. For the others (a TIFF, an AVIF, an animation, a JPEG of many scans) it doesn't, and a thread can't be stopped. So they
-are decoded in a process that has limits of CPU time and memory, which the kernel enforces. It waits for the next file when it
-is done.
+are decoded in a process that has limits of CPU time and memory (``chiasm.bounded_process``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import IO, NamedTuple, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
+from chiasm.bounded_process import BoundedProcess, ProcessEndedError
 from chiasm.errors import Code, MediaError
 from chiasm.media.config import MediaConfig
 from chiasm.media.decoding_process import ANSWER, ORDER, Outcome
@@ -29,19 +25,7 @@ from chiasm.media.image import decode_quickly
 
 _T = TypeVar("_T")
 _PIXELS = 10_000_000
-_GRACE = 10
-"""Of real time, a process gets so many times its CPU time before it is killed; other processes may take the cores."""
 _STUCK_SECONDS = 60.0
-_PIPE_BYTES = 1 << 20
-"""The most that Linux gives to anybody; the larger, the fewer switches between the two processes."""
-
-
-class _Answer(NamedTuple):
-    outcome: Outcome
-    width: int
-    height: int
-    content: bytes
-    seconds: float
 
 
 class Decoder:
@@ -50,7 +34,7 @@ class Decoder:
     def __init__(self, config: MediaConfig) -> None:
         self._config = config
         self._apart = ThreadPoolExecutor(1, "chiasm-decode")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = BoundedProcess("-m", "chiasm.media.decoding_process")
         self._quick: dict[int, float] = {}
         """When the threads that decode now have begun, by the number of the thread."""
 
@@ -78,10 +62,9 @@ class Decoder:
     def close(self) -> None:
         """End the process. Idempotent."""
         self._apart.shutdown(wait=False, cancel_futures=True)
-        if (process := self._process) is not None:
-            process.kill()
+        self._process.kill()
         self._apart.shutdown()
-        self._end()
+        self._process.end()
 
     def _decode_quickly(
         self, data: bytes, max_pixels: int, use: Callable[[Image.Image], _T]
@@ -95,58 +78,22 @@ class Decoder:
 
     def _decode_apart(self, data: bytes, max_pixels: int) -> tuple[Image.Image, float]:
         cpu_seconds = self._config.decode_cpu_seconds * (1 + max_pixels / _PIXELS / 2)
-        answer = self._ask(data, max_pixels, cpu_seconds)
-        if answer is None:
-            return self._raise_for_end(cpu_seconds)
-        if answer.outcome is Outcome.TOO_EXPENSIVE:
-            raise _too_expensive("memory than the limit for its size")
-        if answer.outcome is not Outcome.DECODED:
-            code = Code.IMAGE_TOO_LARGE if answer.outcome is Outcome.TOO_LARGE else Code.INVALID_IMAGE
-            raise MediaError(answer.content.decode(), code=code)
-        return Image.frombytes("RGB", (answer.width, answer.height), answer.content), answer.seconds
-
-    def _ask(self, data: bytes, max_pixels: int, cpu_seconds: float) -> _Answer | None:
-        """Return what the process answers; None if it ends instead."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "chiasm.media.decoding_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # libraries write a line for each broken strip of a TIFF
-                pipesize=_PIPE_BYTES,
-            )
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        watchdog = threading.Timer(_GRACE * (cpu_seconds + 1), process.kill)
-        watchdog.start()
         started = time.monotonic()
         try:
-            process.stdin.write(struct.pack(ORDER, len(data), max_pixels, cpu_seconds) + data)
-            process.stdin.flush()
-            outcome, width, height, size = struct.unpack(ANSWER, _read(process.stdout, struct.calcsize(ANSWER)))
-            content = _read(process.stdout, size)
-        except (OSError, EOFError):
-            return None
-        finally:
-            watchdog.cancel()
-        return _Answer(Outcome(outcome), width, height, content, time.monotonic() - started)
-
-    def _raise_for_end(self, cpu_seconds: float) -> tuple[Image.Image, float]:
-        if self._end() in (-signal.SIGXCPU, -signal.SIGKILL):
-            raise _too_expensive(f"than {cpu_seconds:.1f} s, the limit for its size")
-        raise MediaError("The image is corrupt.", code=Code.INVALID_IMAGE)
-
-    def _end(self) -> int | None:
-        """Forget the process, and return its exit code."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        process.kill()  # does nothing if it has ended
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # of what it hasn't read
-                pipe.close()  # type: ignore[union-attr]
-        return process.wait()
+            answer = self._process.ask(struct.pack(ORDER, max_pixels), data, cpu_seconds=cpu_seconds)
+        except ProcessEndedError as error:
+            if error.took_too_long:
+                raise _too_expensive(f"than {cpu_seconds:.1f} s, the limit for its size") from None
+            raise MediaError("The image is corrupt.", code=Code.INVALID_IMAGE) from None
+        seconds = time.monotonic() - started
+        outcome, width, height = struct.unpack_from(ANSWER, answer)
+        content = memoryview(answer)[struct.calcsize(ANSWER) :]
+        if outcome == Outcome.TOO_EXPENSIVE:
+            raise _too_expensive("memory than the limit for its size")
+        if outcome != Outcome.DECODED:
+            code = Code.IMAGE_TOO_LARGE if outcome == Outcome.TOO_LARGE else Code.INVALID_IMAGE
+            raise MediaError(bytes(content).decode(), code=code)
+        return Image.frombytes("RGB", (width, height), content), seconds
 
 
 def _too_expensive(what: str) -> MediaError:
@@ -158,11 +105,3 @@ def _too_expensive(what: str) -> MediaError:
 def _timed(use: Callable[[Image.Image], _T], image: Image.Image) -> tuple[_T, float]:
     started = time.monotonic()
     return use(image), time.monotonic() - started
-
-
-def _read(file: IO[bytes], size: int) -> bytes:
-    """Return exactly so many bytes. Raises EOFError."""
-    data = file.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data

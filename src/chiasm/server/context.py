@@ -44,7 +44,7 @@ State = Literal["starting", "ok", "failed", "draining"]
 _T = TypeVar("_T")
 _SHOWN_CHARACTERS = 200
 _GRAMMAR_THREADS = 4
-"""Some small grammars take minutes to compile, and nothing can end that: they shall not keep the others from being compiled."""
+"""Grammars that take long to compile shall not keep the others from being compiled."""
 _GRAMMAR_STACK_BYTES = 128 << 20
 """The compiler takes up to 6 KiB for each of the levels that a grammar may have. Only what is used takes memory."""
 
@@ -144,6 +144,8 @@ class ServerContext:
             self._decoder.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._grammar_pool.shutdown(wait=False, cancel_futures=True)
+            if self._grammars is not None:
+                self._grammars.close()
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,9 @@ def _compiled(compiler: GrammarCompiler, request: GenerationFields, tools: Tools
     arguments = [json_rule(one.parameters, param="tools", strict=one.strict) for one in tools.callable]
     try:
         return compiler.compile(_with_calls(tools, arguments, answer), param="tools")
-    except InvalidRequestError:
+    except InvalidRequestError as error:
+        if error.code == Code.GRAMMAR_TOO_EXPENSIVE:
+            raise
         # Which part is it? Each is tried alone, so that the error can say.
         for one, rule in zip(tools.callable, arguments, strict=True):
             _check_alone(compiler, f"start: {rule}", f"The parameters of the tool {one.name!r}", "tools")
