@@ -249,6 +249,27 @@ async def test_decode_gets_a_lost_embedding_again(start: Start, stream: bool) ->
     await until_idle(front)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_decode_gets_an_embedding_again_that_is_lost_after_prefill_has_answered(
+    start: Start, stream: bool
+) -> None:
+    """Prefill had the image's prefix in its cache, and answered before the encoder."""
+    encoder, p, d = recomputing_fleet()
+    lose(encoder, d, decode_of_vllm, times=2)
+    publish = encoder.answer
+
+    async def publish_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        if len(instance.received) == 1:
+            await d.arrived.acquire()
+        return await publish(instance, request, received)
+
+    encoder.answer = publish_late
+    front = await start([encoder, p, d])
+    assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
+    assert [len(one.received) for one in (encoder, p, d)] == [3, 1, 1]
+    await until_idle(front)
+
+
 async def test_a_lost_decode_instance_costs_a_prefill_with_the_images_that_are_still_there(start: Start) -> None:
     encoder, p, d = recomputing_fleet()
     once(only_a_head, decode_of_vllm, d)

@@ -106,6 +106,7 @@ class Handover:
         """Return the handle for decode; None if prefill's answer was complete, and has been sent."""
         job, timing = self._job, self._job.timing
         self._prefills += 1
+        job.fails_with_encoding = True
         with await self._balancer.assign(job, (Role.PREFILL,), avoid=self._avoided) as assignment:
             try:
                 opening = self._balancer.open(assignment, job, self._engine.prefill_body)
@@ -129,8 +130,9 @@ class Handover:
         job.trail.resume()
 
         with await self._balancer.assign(job, (Role.DECODE,)) as assignment:
+            is_watched = reads_embeddings(assignment.instance)
             # If prefill has answered before the encoders, it needed no embedding, so an encoder that fails ends nothing.
-            is_watched = reads_embeddings(assignment.instance) and job.is_encoded
+            job.fails_with_encoding = job.is_encoded
             if is_watched:
                 job.instance = assignment.instance
             else:

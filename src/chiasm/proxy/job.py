@@ -109,6 +109,8 @@ class Job:
         or has them encoded where the text goes."""
         self.embeddings_are_read = False
         """Whether the answer has begun: the instance has all embeddings."""
+        self.fails_with_encoding = True
+        """Whether an encoder's error ends it before its answer has begun."""
         self.original: Original | None = None
         """Kept until the answer begins if an instance could still have to give it that gets another body: one that encodes
         itself, or one that doesn't."""
@@ -227,7 +229,9 @@ class Job:
         Once the answer has begun, nothing needs the encoders any more, so their errors end nothing.
         """
         encoding = self.encoding
-        if encoding is None or self.embeddings_are_read or (encoding.done() and encoding.exception() is None):
+        if encoding is None or self.embeddings_are_read or not self.fails_with_encoding:
+            return await work
+        if encoding.done() and encoding.exception() is None:
             return await work
         task = asyncio.ensure_future(work)
         try:
