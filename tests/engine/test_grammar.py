@@ -170,6 +170,25 @@ def test_a_format_that_takes_minutes_is_refused_and_the_next_is_compiled(
     compiler.compile(OBJECT, param="x")
 
 
+def test_a_format_each_of_whose_tokens_takes_long_is_refused(compiler: GrammarCompiler) -> None:
+    text = "".join(chr(97 + number * number % 26) for number in range(400_000))
+    with pytest.raises(InvalidRequestError, match="x is too complex: it takes more than 50 ms") as caught:
+        compiler.compile(f'start: "{text}"', param="x")
+    assert caught.value.code == "grammar_too_expensive"
+
+
+def test_a_format_that_takes_long_within_an_answer_ends_it_and_is_refused_from_then_on(
+    compiler: GrammarCompiler, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = compiler.compile(OBJECT, param="x").matcher()
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar, "MAX_MASK_SECONDS", 0.0)
+        with pytest.raises(GrammarError, match="too complex: it takes more than"):
+            matcher.allowed(_ids(processor, "{"))
+    with pytest.raises(InvalidRequestError, match="too complex: it takes more than"):
+        compiler.compile(OBJECT, param="x")
+
+
 def test_a_refused_grammar_is_not_tried_again(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     source = 'start: %json {"type": "strin"}'
     with pytest.raises(InvalidRequestError) as first:

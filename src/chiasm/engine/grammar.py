@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ MAX_GRAMMAR_BYTES = 512 << 10
 """Size of a grammar's text; a larger one is refused."""
 MAX_COMPILE_SECONDS = 5.0
 """CPU time for compiling a grammar."""
+MAX_MASK_SECONDS = 0.05
+"""CPU time for finding which tokens may come next. All sequences of a step wait for it."""
 _MAX_CACHED = 16
 _MAX_CACHED_BYTES = 4 << 20
 _SHOWN_CHARACTERS = 500
@@ -84,6 +87,8 @@ class Grammar:
         self._closers = closers
         self.is_exhausted = False
         """Whether it has reached a limit, which all its matchers share: no answer can go on with it."""
+        self.is_slow = False
+        """Whether a step has taken it too long."""
 
     def matcher(self) -> Matcher:
         """Return a matcher for one sequence, which has no tokens yet."""
@@ -109,7 +114,9 @@ class Matcher:
         The answer so far is what follows the first ``num_prompt`` of ``token_ids``; each call has at least what the call before
         had. Raises GrammarError.
         """
-        for token_id in token_ids[num_prompt + self._num_tokens :]:
+        began = time.thread_time()
+        new = token_ids[num_prompt + self._num_tokens :]
+        for token_id in new:
             self._num_tokens += 1
             if not self._matcher.consume_token(token_id):
                 raise GrammarError(f"The answer so far doesn't follow the requested format: {self._reason()}")
@@ -118,6 +125,9 @@ class Matcher:
         if self._matcher.is_error():
             self._grammar.is_exhausted = True
             raise GrammarError(f"The requested format is too complex for the answer to go on: {self._reason()}")
+        if time.thread_time() - began > MAX_MASK_SECONDS * max(1, len(new)):
+            self._grammar.is_slow = True
+            raise GrammarError(f"The requested format {_TOO_SLOW}")
         return Allowed(tokens, self._closers.among(tokens), self._closers.ends)
 
     def _reason(self) -> str:
@@ -129,6 +139,10 @@ class _Refusal(NamedTuple):
 
     reason: str
     code: Code
+
+
+_TOO_SLOW = f"is too complex: it takes more than {MAX_MASK_SECONDS * 1000:g} ms to find which tokens may come next."
+_SLOW = _Refusal(_TOO_SLOW, Code.GRAMMAR_TOO_EXPENSIVE)
 
 
 class GrammarCompiler:
@@ -178,6 +192,8 @@ class GrammarCompiler:
     def _known(self, source: str) -> Grammar | _Refusal | None:
         with self._lock:
             known = self._cache.get(source)
+            if isinstance(known, Grammar) and known.is_slow:
+                return _SLOW
             if isinstance(known, Grammar) and known.is_exhausted:
                 self._drop(source)
                 return None
@@ -208,7 +224,10 @@ class GrammarCompiler:
         matcher = compiled(tokenizer, source)
         if matcher.is_error():
             return _Refusal(f"cannot be followed: {sentence(matcher.get_error())}", Code.INVALID_GRAMMAR)
-        return Grammar(matcher, self._closers)
+        grammar = Grammar(matcher, self._closers)
+        with contextlib.suppress(GrammarError):
+            grammar.matcher().allowed(())  # not in a step
+        return _SLOW if grammar.is_slow else grammar
 
     @contextlib.contextmanager
     def _process(self) -> Iterator[BoundedProcess]:
