@@ -70,8 +70,9 @@ def comparer(checkpoint: Path, tmp_path: Path) -> Iterator[_Comparer]:
 
 
 def _freeze_proxy() -> None:
-    (proxy,) = (child for child in psutil.Process().children() if command_line(child)[-2:] == ["child", "proxy"])
-    proxy.send_signal(signal.SIGSTOP)
+    proxies = [child for child in psutil.Process().children() if command_line(child)[-2:] == ["child", "proxy"]]
+    newest = max(proxies, key=psutil.Process.create_time)  # others may be those of other tests
+    newest.send_signal(signal.SIGSTOP)
 
 
 async def test_a_proxy_that_hangs_costs_a_trial_and_not_the_run(

@@ -35,7 +35,12 @@ def tiny(
         "settings": SMALL | {"max_num_seqs": 1},
     }
     # One test has the reader stand still until the encoder, which may be slow, is far ahead of it.
-    patience: dict[str, Any] = {"deadline_seconds": 120, "wait_for_instance_seconds": 60}
+    patience: dict[str, Any] = {
+        "deadline_seconds": 120,
+        "wait_for_instance_seconds": 60,
+        "probe_timeout_seconds": 120,
+        "busy_probe_timeout_seconds": 120,
+    }
     yield from run(checkpoint, {Role.ENCODER: 1, **roles}, fields=fields, **patience)
 
 
