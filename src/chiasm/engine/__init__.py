@@ -6,9 +6,9 @@ from.
 A request to the language model passes ``engine`` (LanguageEngine.generate), ``inbox``, ``step_loop``, ``request_state``,
 ``embeddings`` with ``asking`` and ``local_encoder``, and ``kv_transfers`` with ``set_aside`` (what it has to wait for),
 ``scheduler`` with ``waiting``, ``late_items``, ``fluency``, ``shares``, ``preemption``, ``sequence``, ``block_manager`` and
-``encoder_cache_manager``, ``step``, ``step_faults``, ``model_runner`` with ``attention``, ``grammar``, ``logit_changes`` and
-``sampler`` with ``candidates``, and ``outputs``. An encoder's request passes ``encoder`` alone. The connectors themselves are
-in :mod:`chiasm.ec_transfer` and :mod:`chiasm.kv_transfer`.
+``encoder_cache_manager``, ``step``, ``step_faults``, ``model_runner`` with ``attention``, ``grammar`` (which a
+``grammar_process`` has tried), ``logit_changes`` and ``sampler`` with ``candidates``, and ``outputs``. An encoder's request
+passes ``encoder`` alone. The connectors themselves are in :mod:`chiasm.ec_transfer` and :mod:`chiasm.kv_transfer`.
 
 ``device`` has the parts of the machine that an engine uses, and ``core_sharing`` the cores that it shares with others.
 ``calibration`` measures at start what work costs, and ``pace`` follows it from then on.
