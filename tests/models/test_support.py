@@ -57,6 +57,28 @@ def test_a_text_only_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("idefics3", "vision_config"),
+        ("qwen2_vl", "vision_config"),
+        ("qwen2_5_vl", "text_config"),
+        ("qwen3_vl", "vision_config"),
+        ("qwen3_vl_moe", "vision_config"),
+    ],
+)
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_part_may_have_the_name_of_the_whole_model_as_in_published_configs(
+    checkpoint: Callable[[str], Loaded],
+    edited: Callable[..., Path],
+    load: Callable[[Path], object],
+    family: str,
+    part: str,
+) -> None:
+    config = json.loads((checkpoint(family).folder / "config.json").read_text())
+    load(edited(family, **{part: config[part] | {"model_type": family}}))
+
+
+@pytest.mark.parametrize(
     ("text_config", "reason"),
     [
         ({"model_type": "gemma2"}, "soft-capped"),

@@ -85,7 +85,7 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
 def _check_vision(checkpoint: Checkpoint, config: Any) -> None:
     if checkpoint.config.get("quantization_config") is not None:
         raise _refusal(checkpoint, "its weights are quantized; use the same model in bfloat16 or float32")
-    vision_type = config.vision_config.model_type
+    vision_type = type(config.vision_config).model_type  # published files may name the whole model here
     vision_types = family_of(config).vision_types
     if vision_type not in vision_types:
         raise _refusal(checkpoint, f"its vision tower is {vision_type!r}, not one of {', '.join(vision_types)}")
@@ -99,12 +99,11 @@ def _check_text(checkpoint: Checkpoint, text: Any) -> None:
         raise _refusal(checkpoint, "its attention scores are soft-capped")
     if getattr(text, "use_bidirectional_attention", None):
         raise _refusal(checkpoint, "its attention is bidirectional")
-    if text.model_type == "gpt_oss":
+    text_type = type(text).model_type
+    if text_type == "gpt_oss":
         raise _refusal(checkpoint, "its attention has sinks")
-    if text.model_type not in TEXT_TYPES:
-        raise _refusal(
-            checkpoint, f"its language model {text.model_type!r} is not one of {', '.join(sorted(TEXT_TYPES))}"
-        )
+    if text_type not in TEXT_TYPES:
+        raise _refusal(checkpoint, f"its language model {text_type!r} is not one of {', '.join(sorted(TEXT_TYPES))}")
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise _refusal(checkpoint, f"it has layers of type {', '.join(sorted(map(str, unknown)))}")
     rope = getattr(text, "rope_parameters", None) or {}
