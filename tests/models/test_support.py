@@ -112,6 +112,19 @@ def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:
         _load_language(edited(quantization_config={"quant_method": "awq", "bits": 4}))
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_run(
+    edited: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    folder = edited(
+        file="preprocessor_config.json", image_processor_type="Own", auto_map={"AutoImageProcessor": "own.Own"}
+    )
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ConfigurationError, match="custom code"):
+        load_processor(folder)
+    assert not (tmp_path / "has run").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "values", "reason"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from chiasm.errors import ChiasmError, ConfigurationError
 JsonObject = dict[str, Any]
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 """What is raised by reading JSON that is damaged, lacks a value or has a wrong one."""
+AS_FILES: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers reads a checkpoint. Otherwise it asks on a terminal whether it may run code that comes with one."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]

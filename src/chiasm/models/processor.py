@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chiasm.errors import ConfigurationError, InvalidRequestError
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 from chiasm.models.chat import ChatTemplate
-from chiasm.models.checkpoint import Checkpoint, JsonObject, open_checkpoint, read_json, told
+from chiasm.models.checkpoint import AS_FILES, Checkpoint, JsonObject, open_checkpoint, read_json, told
 from chiasm.models.families import Family, ProcessorParts
 from chiasm.models.families.base import SIZE_KEY
 from chiasm.models.special_words import SpecialWords
@@ -165,9 +165,9 @@ def load_processor(folder: Path) -> Processor:
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
     with told(f"The tokenizer or image processor of {folder} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **AS_FILES)
         # The same backend everywhere: torchvision gives other pixels, and entries are cached by the image's content.
-        image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(folder, **AS_FILES, backend="pil")
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigurationError(f"{folder} has no tokenizer.json. Choose a checkpoint with a fast tokenizer.")
     processor_config = folder / "processor_config.json"

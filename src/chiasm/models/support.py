@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chiasm.errors import UnsupportedModelError
-from chiasm.models.checkpoint import told
+from chiasm.models.checkpoint import AS_FILES, told
 from chiasm.models.families import FAMILIES, Family
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     with told(f"{checkpoint.folder / 'config.json'} is not a valid config"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.folder, **AS_FILES)
         _check_vision(checkpoint, config)
         _check_text(checkpoint, config.get_text_config())
     return config
