@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -147,8 +148,18 @@ def test_a_weight_of_another_shape_is_a_configuration_error(
     tensors = load_file(folder / "model.safetensors")
     tensors[LANGUAGE_TENSOR] = torch.ones(7)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+    with pytest.raises(ConfigurationError, match=re.escape(f"{LANGUAGE_TENSOR} is [7], not [64]")):
         load_language(folder, **F32_CPU)
+    load_vision(folder, **F32_CPU)
+
+
+@pytest.mark.parametrize("load", [load_language, load_vision])
+def test_a_config_that_no_model_can_be_made_of_is_a_configuration_error(
+    checkpoint: Callable[[str], Loaded], edited: Callable[..., Path], load: Callable[..., LanguageModel | VisionModel]
+) -> None:
+    text = json.loads((checkpoint("llava").folder / "config.json").read_text())["text_config"]
+    with pytest.raises(ConfigurationError, match="Padding_idx"):
+        load(edited("llava", text_config=text | {"pad_token_id": text["vocab_size"]}), **F32_CPU)
 
 
 @pytest.mark.parametrize("load", [load_language, load_vision])

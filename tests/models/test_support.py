@@ -125,6 +125,13 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(
     assert not (tmp_path / "has run").exists()
 
 
+@pytest.mark.parametrize("load", LOADERS)
+def test_attention_that_a_config_names_is_not_needed(
+    edited: Callable[..., Path], load: Callable[[Path], object]
+) -> None:
+    load(edited(attn_implementation="flash_attention_2"))
+
+
 @pytest.mark.parametrize(
     ("family", "values", "reason"),
     [

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models.base import LoadProgress
-from chiasm.models.checkpoint import MALFORMED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +51,21 @@ def load_part(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                # That of the decoder isn't used: the engine has its own.
-                attn_implementation={"text_config": "eager", "vision_config": ATTENTION},
+                # Also where the config names another. That of the decoder isn't used: the engine has its own.
+                attn_implementation={"": "eager", "text_config": "eager", "vision_config": ATTENTION},
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, SafetensorError, *MALFORMED) as error:
+    except Exception as error:  # transformers raises anything for a config that it can't follow
         raise ConfigurationError(f"The weights of {checkpoint.folder} cannot be loaded: {error}") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        shapes = [f"{name} is {list(stored)}, not {list(expected)}" for name, stored, expected in mismatched]
+        raise ConfigurationError(
+            f"{checkpoint.folder} holds {len(shapes)} weights of the {part} model in other shapes than its config.json says: "
+            f"{_few(shapes)}. Choose a checkpoint in the format of transformers."
+        )
     if missing := sorted(info["missing_keys"]):
         raise ConfigurationError(
             f"{checkpoint.folder} lacks {len(missing)} weights of the {part} model: {_few(missing)}. "
