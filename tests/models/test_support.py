@@ -39,6 +39,7 @@ WRONG: list[Any] = [None, "nonsense", [], {}, {"height": "x"}, -1, 0, 1e300]
         ("qwen3_5", "linear attention"),
         ("mllama", "cross-attention"),
         ("llava_onevision", "how many images"),
+        ("internvl_chat", "-HF"),
         ("kosmos-2", "chiasm supports .*qwen3_vl"),
         (None, "chiasm supports"),
     ],
@@ -53,6 +54,12 @@ def test_model_types_that_would_give_wrong_answers_are_refused(
 def test_a_text_only_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UnsupportedModelError, match="not a vision-language model"):
+        load_processor(tmp_path)
+
+
+def test_a_checkpoint_in_the_format_of_its_authors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "mm_vision_tower": "openai/clip"}))
+    with pytest.raises(UnsupportedModelError, match="has no vision_config; choose"):
         load_processor(tmp_path)
 
 
@@ -107,9 +114,24 @@ def test_vision_towers_of_other_families_are_refused(edited: Callable[..., Path]
         load_processor(edited("llava", vision_config={"model_type": "pixtral"}))
 
 
-def test_quantized_weights_are_refused(edited: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config", "quantization"])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_quantized_weights_are_refused(
+    checkpoint: Callable[[str], Loaded], edited: Callable[..., Path], part: str | None, name: str
+) -> None:
+    values: dict[str, Any] = {name: {"quant_method": "awq", "bits": 4}}
+    if part is not None:
+        values = {part: json.loads((checkpoint("qwen3_vl").folder / "config.json").read_text())[part] | values}
     with pytest.raises(UnsupportedModelError, match="quantized"):
-        _load_language(edited(quantization_config={"quant_method": "awq", "bits": 4}))
+        _load_language(edited(**values))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_weights_that_an_adapter_changes_are_refused(
+    edited: Callable[..., Path], load: Callable[[Path], object]
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="merge the adapter"):
+        load(edited(file="adapter_config.json", peft_type="LORA"))
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run(

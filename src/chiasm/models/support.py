@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 _BIDIRECTIONAL = "its image tokens attend to each other in both directions"
 _LINEAR = "it mixes linear attention with softmax attention, and the state of linear attention does not fit a KV cache"
+_CONVERTED = "choose the checkpoint in the format of transformers, whose name on the hub ends in -hf or -HF"
 _REASONS = {
     "deepseek_ocr2": _BIDIRECTIONAL,
     "gemma3": _BIDIRECTIONAL,
     "gemma3n": _BIDIRECTIONAL,
     "gemma4": _BIDIRECTIONAL,
+    "internvl_chat": f"it is in InternVL's own format; {_CONVERTED}",
     "llava_onevision": "an image's embedding depends on how many images the request has",
     "mllama": "its text layers see images through cross-attention, not through placeholder tokens",
     "paligemma": _BIDIRECTIONAL,
@@ -44,6 +46,9 @@ TEXT_TYPES = frozenset(
 )
 """Decoders that need only causal attention, with or without a sliding window."""
 
+_QUANTIZATION = ("quantization_config", "compression_config", "quantization")
+"""Keys of a config whose weights are quantized. The last one is MLX's."""
+_ADAPTER = "adapter_config.json"
 _ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "mrope", "yarn"})
 """Dynamic scaling has no effect up to ``max_position_embeddings``, which is ``max_model_len``."""
 
@@ -55,6 +60,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
     with told(f"{checkpoint.folder / 'config.json'} is not a valid config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, **AS_FILES)
+        _check_weights(checkpoint)
         _check_vision(checkpoint, config)
         _check_text(checkpoint, config.get_text_config())
     return config
@@ -73,18 +79,30 @@ def entry_width(config: Any) -> int:
 
 def _check_model_type(checkpoint: Checkpoint) -> None:
     model_type = checkpoint.model_type
-    if model_type in FAMILIES:
-        return
     if reason := _REASONS.get(model_type):
         raise _refusal(checkpoint, reason)
     if "vision_config" not in checkpoint.config:
-        raise _refusal(checkpoint, "it is not a vision-language model, since its config.json has no vision_config")
-    raise _refusal(checkpoint, f"chiasm supports {', '.join(sorted(FAMILIES))}")
+        lacking = "its config.json has no vision_config"
+        known = model_type in FAMILIES
+        reason = f"{lacking}; {_CONVERTED}" if known else f"it is not a vision-language model, since {lacking}"
+        raise _refusal(checkpoint, reason)
+    if model_type not in FAMILIES:
+        raise _refusal(checkpoint, f"chiasm supports {', '.join(sorted(FAMILIES))}")
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    parts = (checkpoint.config, checkpoint.config.get("text_config"), checkpoint.config.get("vision_config"))
+    if any(isinstance(part, dict) and part.get(name) is not None for part in parts for name in _QUANTIZATION):
+        raise _refusal(checkpoint, "its weights are quantized; use the same model in bfloat16 or float32")
+    if (checkpoint.folder / _ADAPTER).is_file():
+        raise _refusal(
+            checkpoint,
+            f"{_ADAPTER} says that an adapter, such as LoRA, changes its weights; merge the adapter into them, and leave out "
+            "that file",
+        )
 
 
 def _check_vision(checkpoint: Checkpoint, config: Any) -> None:
-    if checkpoint.config.get("quantization_config") is not None:
-        raise _refusal(checkpoint, "its weights are quantized; use the same model in bfloat16 or float32")
     vision_type = type(config.vision_config).model_type  # published files may name the whole model here
     vision_types = family_of(config).vision_types
     if vision_type not in vision_types:
