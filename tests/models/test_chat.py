@@ -245,7 +245,7 @@ def test_every_eos_token_that_the_checkpoint_names_ends_an_answer(edited: Callab
     ("values", "sampling"),
     [
         ({}, {}),
-        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}, None),
+        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.05}, None),
         ({"temperature": None, "top_k": "20", "top_p": True}, {}),
         ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
     ],

@@ -110,7 +110,7 @@ class Processor(ABC):
     tool_format: ToolFormat | None
     """How answers call tools; None if the chat template calls them in a form that isn't supported."""
     default_sampling: Mapping[str, float | int]
-    """The values of temperature, top_p, top_k and repetition_penalty in generation_config.json, as far as it sets them."""
+    """Temperature, top_p, top_k, min_p and repetition_penalty as generation_config.json has them, as far as it sets them."""
 
     @abstractmethod
     def build_chat(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_SIDE = 1 << 20
 """The longest side of an image in pixels. It bounds the arithmetic on sizes that clients send."""
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class TransformersProcessor(Processor):
