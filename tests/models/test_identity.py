@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from chiasm.errors import ConfigurationError
-from chiasm.models import fingerprint, resolve_folder
+from chiasm.models import fingerprint, load_vision, resolve_folder
 from tests.models.conftest import Loaded
 
 
@@ -42,6 +43,13 @@ def test_other_weights_give_another_fingerprint(folder: Path, name: str) -> None
     tensors[name] = tensors[name] * 1.01
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(folder, "bfloat16") != before
+
+
+def test_an_index_of_other_files_does_not_count_beside_a_single_file(folder: Path) -> None:
+    before = fingerprint(folder, "bfloat16")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "earlier.safetensors"}}')
+    assert fingerprint(folder, "bfloat16") == before
+    load_vision(folder, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "processor_config.json"])

@@ -44,15 +44,18 @@ class Checkpoint:
         return nested if isinstance(nested, dict) else self.config
 
     def weight_files(self) -> list[Path]:
-        """Return the safetensors files that hold the weights, sorted by name. Raises ConfigurationError if one is missing."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
+        """Return the safetensors files that hold the weights, sorted by name. Raises ConfigurationError if one is missing.
+
+        They are those that transformers loads: an index is of no use beside a single file, and may be an earlier model's.
+        """
+        single, index = (self.folder / name for name in ("model.safetensors", "model.safetensors.index.json"))
+        if index.is_file() and not single.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ConfigurationError(f"{index} has no weight_map. Download the checkpoint again.")
             files = [self.folder / name for name in sorted({str(name) for name in weight_map.values()})]
         else:
-            files = [self.folder / "model.safetensors"]
+            files = [single]
         for file in files:
             if not file.is_file():
                 raise ConfigurationError(
