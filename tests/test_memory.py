@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,29 @@ def test_encoders_together_take_a_quarter_of_what_their_container_has_left() -> 
     assert memory_for_embeddings(64) == LEAST_BYTES
 
 
-@pytest.mark.usefixtures("container")
-def test_a_checkpoint_that_is_larger_than_its_container_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Weights of 1 GiB for encoders and 8 GiB for language, which take no room on the disk."""
+    sizes = {"model.visual.norm.weight": GIB, "lm_head.weight": 8 * GIB}
+    ends = list(itertools.accumulate(sizes.values(), initial=0))
+    offsets = zip(sizes, itertools.pairwise(ends), strict=True)
+    header = json.dumps(
+        {name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} for name, (begin, end) in offsets}
+    ).encode()
     with (tmp_path / "model.safetensors").open("wb") as weights:
-        weights.truncate(8 * GIB)
-    with pytest.raises(ConfigurationError, match=r"8\.0 GiB of weights, but only 3\.5 GiB of memory is free"):
-        check_memory(tmp_path, torch.device("cpu"))
+        weights.write(len(header).to_bytes(8, "little") + header)
+        weights.truncate(8 + len(header) + ends[-1])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("container")
+def test_a_checkpoint_that_is_larger_than_its_container_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"9\.0 GiB of weights, but only 3\.5 GiB of memory is free"):
+        check_memory(checkpoint, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("container")
+def test_only_the_weights_of_the_part_that_an_instance_loads_must_fit(checkpoint: Path) -> None:
+    check_memory(checkpoint, torch.device("cpu"), "vision")
+    with pytest.raises(ConfigurationError, match=r"8\.0 GiB of language weights"):
+        check_memory(checkpoint, torch.device("cpu"), "language")

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from chiasm.engine import device
 from chiasm.engine.core_sharing import CoreShare, Worker
 from chiasm.engine.request import EncodeItem, ItemOutcome
 from chiasm.errors import (
@@ -27,6 +28,7 @@ from chiasm.errors import (
     StorageError,
 )
 from chiasm.models.base import Pixels
+from chiasm.models.checkpoint import stored_bytes
 from tests.engine.conftest import A, B, Encoder, StartEncoder, entries, sample_image, until
 from tests.launch.waiting import eventually
 
@@ -39,6 +41,15 @@ async def test_an_encoded_item_is_in_the_store_with_one_row_per_placeholder(enco
     geometry = encoder.engine.processor.geometry_of_metadata(item.metadata)
     with safe_open(file, "pt") as opened:
         assert opened.get_tensor("ec_cache").shape[0] == len(geometry.rows)
+
+
+def test_an_encoder_needs_memory_for_the_vision_tower_alone(
+    encoders: StartEncoder, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "free_memory", lambda: stored_bytes(checkpoint, "vision"))
+    encoders()
+    with pytest.raises(ConfigurationError, match="memory is free"):
+        device.check_memory(checkpoint, torch.device("cpu"))
 
 
 async def test_an_item_in_the_store_is_not_encoded_again(encoder: Encoder) -> None:

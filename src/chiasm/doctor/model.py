@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +9,13 @@ from pathlib import Path
 from chiasm.doctor.client import Client, NoAnswerError
 from chiasm.doctor.report import Check, Result, shown
 from chiasm.errors import ChiasmError, ConfigurationError
-from chiasm.models.checkpoint import MALFORMED, Checkpoint, open_checkpoint
+from chiasm.models.checkpoint import Checkpoint, open_checkpoint, stored_tensors
 
 MODEL = Check("model")
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = frozenset({"1", "on", "yes", "true"})
 _IMAGE_SIDE = 1024
-_MAX_HEADER_BYTES = 100 << 20
-_VISION = frozenset(
-    [
-        "visual",
-        "vision_tower",
-        "vision_model",
-        "multi_modal_projector",
-        "mm_projector",
-        "connector",
-        "image_newline",
-        "mlp1",
-    ]
-)
-"""Parts of the names of the vision tower's and the projector's tensors, in all families."""
 
 
 @dataclass(frozen=True)
@@ -107,31 +91,11 @@ def read(folder: Path, *, is_vllm: bool) -> tuple[Found | None, list[Result]]:
 
 def read_weights(checkpoint: Checkpoint) -> Weights:
     """Count parameters by the headers of the files; no tensor is read. Raises ConfigurationError if files are damaged."""
-    vision = language = 0
+    counts = {"vision": 0, "language": 0}
     for file in checkpoint.weight_files():
-        for name, count in _parameters(file):
-            if _VISION.isdisjoint(name.split(".")):
-                language += count
-            else:
-                vision += count
-    return Weights(vision, language)
-
-
-def _parameters(file: Path) -> list[tuple[str, int]]:
-    """Return names and sizes of the tensors of a safetensors file, which must be as long as its header says."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            header = json.loads(stream.read(length))
-            tensors = [(name, tensor) for name, tensor in header.items() if name != "__metadata__"]
-            end = max((tensor["data_offsets"][1] for _, tensor in tensors), default=0)
-            if file.stat().st_size != 8 + length + end:
-                raise ValueError("it is shorter or longer than its header says")
-            return [(name, math.prod(tensor["shape"])) for name, tensor in tensors]
-    except (OSError, *MALFORMED) as error:
-        raise ConfigurationError(f"{file} is not a complete safetensors file: {error}") from error
+        for tensor in stored_tensors(file):
+            counts[tensor.part] += tensor.numbers
+    return Weights(**counts)
 
 
 def _image_numbers(checkpoint: Checkpoint) -> int:

@@ -15,7 +15,7 @@ from chiasm.engine.attention import KVCache
 from chiasm.engine.config import DTYPES
 from chiasm.errors import ConfigurationError
 from chiasm.memory import free_memory
-from chiasm.models.checkpoint import read_json, stored_bytes, stored_dtype
+from chiasm.models.checkpoint import Part, read_json, stored_bytes, stored_dtype
 
 if TYPE_CHECKING:
     from chiasm.engine.config import EngineConfig
@@ -87,12 +87,13 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def check_memory(model: Path, device: torch.device) -> None:
-    """Raise ConfigurationError if the checkpoint is clearly larger than the free memory."""
-    needed = stored_bytes(model)
+def check_memory(model: Path, device: torch.device, part: Part | None = None) -> None:
+    """Raise ConfigurationError if the weights, or those of a part, are clearly larger than the free memory."""
+    needed = stored_bytes(model, part)
     if needed > (free := _free_bytes(device)):
+        weights = "weights" if part is None else f"{part} weights"
         raise ConfigurationError(
-            f"{model} has {needed / 2**30:.1f} GiB of weights, but only {free / 2**30:.1f} GiB of memory is free on {device}."
+            f"{model} has {needed / 2**30:.1f} GiB of {weights}, but only {free / 2**30:.1f} GiB of memory is free on {device}."
         )
 
 

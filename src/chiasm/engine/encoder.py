@@ -72,7 +72,7 @@ class EncoderEngine(Engine):
         config = self.config
         assert config.ec is not None
         use_threads(config.threads)
-        check_memory(config.model, self.device)
+        check_memory(config.model, self.device, "vision")
         self._vision = load_vision(config.model, dtype=self.dtype, device=self.device, progress=self.progress)
         self._ec_scheduler, self._ec_worker = self._connect(config.ec, self._vision.entry_width)
         lower_session_priority(config.nice)

@@ -81,7 +81,7 @@ class LanguageEngine(Engine):
         config = self.config
         lower_session_priority(config.nice)
         use_threads(config.threads)
-        check_memory(config.model, self.device)
+        check_memory(config.model, self.device, None if config.role is Role.AGGREGATED else "language")
         self._language = self._load_language()
         encoder: LocalEncoder | None = None
         if config.role is Role.AGGREGATED:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from chiasm.errors import ChiasmError, ConfigurationError
 
@@ -19,6 +20,23 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 AS_FILES: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How transformers reads a checkpoint. Otherwise it asks on a terminal whether it may run code that comes with one."""
 
+Part = Literal["vision", "language"]
+"""``language`` is the decoder and its head; ``vision`` is everything else."""
+
+_VISION = frozenset(
+    [
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "multi_modal_projector",
+        "mm_projector",
+        "connector",
+        "image_newline",
+        "mlp1",
+    ]
+)
+"""Parts of the names of the vision tower's and the projector's tensors, in all families."""
+_MAX_HEADER_BYTES = 100 << 20
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
@@ -111,9 +129,48 @@ def config_if_readable(folder: Path) -> JsonObject:
         return {}
 
 
-def stored_bytes(folder: Path) -> int:
-    """Return the size of the weights in a folder, as far as they are here; what loads them reports files that are missing."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+class StoredTensor(NamedTuple):
+    """What a safetensors file says of one of its tensors."""
+
+    name: str
+    numbers: int
+    size_bytes: int
+
+    @property
+    def part(self) -> Part:
+        """The part of the model that the tensor belongs to."""
+        return "language" if _VISION.isdisjoint(self.name.split(".")) else "vision"
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """Return the tensors of a safetensors file. Raises ConfigurationError if it isn't as long as its header says."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            if file.stat().st_size != 8 + length + end:
+                raise ValueError("it is shorter or longer than its header says")
+            return [
+                StoredTensor(name, math.prod(tensor["shape"]), tensor["data_offsets"][1] - tensor["data_offsets"][0])
+                for name, tensor in header.items()
+            ]
+    except (OSError, *MALFORMED) as error:
+        raise ConfigurationError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def stored_bytes(folder: Path, part: Part | None = None) -> int:
+    """Return the size of the weights in a folder, as far as they are here; what loads them reports files that are missing.
+
+    With ``part``, only of those of this part; raises ConfigurationError if a file is damaged.
+    """
+    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    if part is None:
+        return sum(file.stat().st_size for file in files)
+    return sum(tensor.size_bytes for file in files for tensor in stored_tensors(file) if tensor.part == part)
 
 
 def stored_dtype(config: JsonObject) -> str | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -18,13 +18,11 @@ from chiasm.models.base import LoadProgress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from chiasm.models.checkpoint import Checkpoint
+    from chiasm.models.checkpoint import Checkpoint, Part
 
 _WEIGHTS_BAR = "Loading weights"
 """What transformers calls its progress bar."""
 _ROWS_AT_A_TIME = 4096
-Part = Literal["vision", "language"]
-"""``language`` is the decoder and its head; ``vision`` is everything else."""
 
 
 def load_part(
