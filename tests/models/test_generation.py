@@ -45,13 +45,21 @@ def test_greedy_tokens_equal_the_whole_models_for_every_chunk_size(
         ("llava", {"model_type": "mistral", "sliding_window": 12}),
         ("internvl", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
         ("internvl", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}),
+        ("qwen3_vl", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
         ("internvl", {"model_type": "qwen3"}),
         (
             "internvl",
             {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
         ),
     ],
-    ids=["mistral, windows", "qwen2, windows in some layers", "qwen2, dynamic rope", "qwen3", "qwen3_moe"],
+    ids=[
+        "mistral, windows",
+        "qwen2, windows in some layers",
+        "qwen2, dynamic rope",
+        "qwen3_vl, axes by default",
+        "qwen3",
+        "qwen3_moe",
+    ],
 )
 def test_other_decoders_give_the_same_tokens_as_the_whole_model(
     tmp_path: Path, family: str, text_config: dict[str, object]

@@ -109,6 +109,15 @@ def test_language_models_that_need_more_than_causal_attention_are_refused(
         _load_language(edited("llava", text_config={**text, **text_config}))
 
 
+def test_sections_of_rotary_positions_that_do_not_make_up_a_head_are_refused(
+    checkpoint: Callable[[str], Loaded], edited: Callable[..., Path]
+) -> None:
+    text = json.loads((checkpoint("qwen2_vl").folder / "config.json").read_text())["text_config"]
+    text["rope_parameters"]["mrope_section"] = [16, 24, 24]
+    with pytest.raises(UnsupportedModelError, match="mrope_section"):
+        _load_language(edited("qwen2_vl", text_config=text))
+
+
 def test_vision_towers_of_other_families_are_refused(edited: Callable[..., Path]) -> None:
     with pytest.raises(UnsupportedModelError, match="'pixtral'"):
         load_processor(edited("llava", vision_config={"model_type": "pixtral"}))

@@ -186,11 +186,17 @@ def _axes(module: Any, head_dim: int) -> Tensor:
     """Return by which axis each column turns, int64 ``[head_dim]``: the module is shown a step along each axis alone."""
     device = module.inv_freq.device
     axes = torch.zeros(head_dim, dtype=torch.int64, device=device)
-    if "mrope_section" not in (module.config.rope_parameters or {}):
+    # A config may leave the sections out; then the module has its own.
+    if not hasattr(module, "mrope_section") and "mrope_section" not in (module.config.rope_parameters or {}):
         return axes
     turned = []
     for step in torch.eye(3, dtype=torch.int64, device=device):
-        _, sin = module(torch.zeros(1, 1, 1, device=device), step.view(3, 1, 1))
+        try:
+            _, sin = module(torch.zeros(1, 1, 1, device=device), step.view(3, 1, 1))
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"The sections of {type(module).__name__} (mrope_section) don't make up {head_dim // 2} columns."
+            ) from error
         if sin.numel() != head_dim:
             raise UnsupportedModelError(
                 f"{type(module).__name__} of this version of transformers doesn't combine its axes."
