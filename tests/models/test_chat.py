@@ -23,6 +23,10 @@ STRING_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content.strip() }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+TEXTS_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {% for part in message.content %}{{ part.text }}{% endfor %}"
+    "{% endfor %}"
+)
 
 
 def _text(text: str) -> Message:
@@ -94,6 +98,17 @@ def test_a_template_that_expects_strings_gets_strings_with_placeholders(template
     before, after = prompt.token_ids[: prompt.items[0].offset], prompt.token_ids[prompt.items[0].offset + 16 :]
     assert _decode(processor, before) == "<s>[system] Be brief.\n[user] "
     assert _decode(processor, after) == "\nWhat?\n[assistant] "
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("template", [STRING_TEMPLATE, TEXTS_TEMPLATE], ids=["strings", "parts"])
+def test_an_image_of_qwen_is_marked_where_the_template_takes_text_alone(
+    templated: Callable[..., Processor], family: str, template: str
+) -> None:
+    processor = templated(template, family)
+    prompt = processor.build_chat(_user(IMAGE, _text("What?")), [("a", processor.geometry_of_size(32, 32))])
+    text = _decode(processor, prompt.token_ids).replace("<|image_pad|>", "")
+    assert text.startswith("[user] <|vision_start|><|vision_end|>")
 
 
 def test_each_role_gets_the_form_that_the_template_expects_for_it(templated: Callable[..., Processor]) -> None:

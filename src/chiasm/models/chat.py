@@ -33,12 +33,18 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """Renders messages, with ``placeholder`` for each image part. ``template`` is None if the checkpoint has none."""
+    """Renders messages, with ``placeholder`` for each image part. ``template`` is None if the checkpoint has none.
 
-    def __init__(self, tokenizer: Any, template: str | None, placeholder: str, words: SpecialWords) -> None:
+    ``image_text`` has the placeholder, and stands for images where the template takes text alone.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None, placeholder: str, image_text: str, words: SpecialWords
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._placeholder = placeholder
+        self._image_text = image_text
         self._words = words
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
         self._forms: dict[str, tuple[Form, ...]] = {}
@@ -125,7 +131,7 @@ class ChatTemplate:
                 content = [{"type": "text", "text": content}]
         elif isinstance(content, list):
             parts = [self._adapted_part(part) for part in content]
-            joined = "\n".join(part.get("text", self._placeholder) for part in parts)
+            joined = "\n".join(part.get("text", self._image_text) for part in parts)
             content = joined if forms == ("string",) else parts
         elif content is not None:
             raise InvalidRequestError("A message's content must be a string or a list of parts.", param="messages")
@@ -136,7 +142,7 @@ class ChatTemplate:
     def _adapted_part(self, part: object) -> Message:
         match part:
             case {"type": "image"}:
-                return {"type": "image"} if self._writes_placeholder else _text_part(self._placeholder)
+                return {"type": "image"} if self._writes_placeholder else _text_part(self._image_text)
             case {"type": "text", "text": str(text)}:
                 return _text_part(text)
         raise InvalidRequestError("A message's parts must be text or images.", param="messages")

@@ -41,7 +41,8 @@ class TransformersProcessor(Processor):
         self.placeholder = self._token_of(family.placeholder_id)
         self._words = SpecialWords(self.tokenizer, {family.placeholder_id, *self.eos_token_ids})
         template = _chat_template(checkpoint.folder, parts)
-        self._chat = ChatTemplate(parts.tokenizer, template, self.placeholder, self._words)
+        image_text = family.image_text(self.placeholder)
+        self._chat = ChatTemplate(parts.tokenizer, template, self.placeholder, image_text, self._words)
         self.tool_format = self._chat.tool_format
 
     def build_chat(

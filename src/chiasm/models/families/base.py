@@ -74,6 +74,11 @@ class Family(ABC):
         """Turn an RGB image into keyword arguments of the model's ``get_image_features``."""
 
     @staticmethod
+    def image_text(placeholder: str) -> str:
+        """Return what stands for an image in a prompt whose chat template takes text alone; by default, the placeholder."""
+        return placeholder
+
+    @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
         """Return the rotary positions of a prompt; by default, a token's position is its index."""
         return Positions(torch.arange(len(prompt.token_ids))[None], 0)

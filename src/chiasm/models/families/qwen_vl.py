@@ -72,6 +72,11 @@ class QwenVL(Family):
         return {"pixel_values": features["pixel_values"], GRID_KEY: features[GRID_KEY]}
 
     @staticmethod
+    def image_text(placeholder: str) -> str:
+        """Return the placeholder between the tokens that the family's chat templates write around it."""
+        return f"<|vision_start|>{placeholder}<|vision_end|>"
+
+    @staticmethod
     def positions(config: Any, prompt: Prompt) -> Positions:
         """Return M-RoPE positions. A text token advances all three axes by one; the tokens of an image form a grid, and the
         text after it continues past the longer side of the grid."""
