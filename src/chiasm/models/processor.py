@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.errors import ConfigurationError, InvalidRequestError
+from chiasm.errors import ConfigurationError, InvalidRequestError, UnsupportedModelError
 from chiasm.models.base import ItemGeometry, Message, Metadata, Pixels, Processor, Prompt, PromptItem
 from chiasm.models.chat import ChatTemplate
 from chiasm.models.checkpoint import AS_FILES, Checkpoint, JsonObject, open_checkpoint, read_json, told
@@ -166,9 +166,16 @@ def load_processor(folder: Path) -> Processor:
     checkpoint = open_checkpoint(folder)
     config = load_config(checkpoint)
     with told(f"The tokenizer or image processor of {folder} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **AS_FILES)
-        # The same backend everywhere: torchvision gives other pixels, and entries are cached by the image's content.
-        image_processor = AutoImageProcessor.from_pretrained(folder, **AS_FILES, backend="pil")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **AS_FILES)
+            # The same backend everywhere: torchvision gives other pixels, and entries are cached by the image's content.
+            image_processor = AutoImageProcessor.from_pretrained(folder, **AS_FILES, backend="pil")
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"The tokenizer or image processor of {folder} is code that comes with it, and chiasm runs no such code."
+            ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigurationError(f"{folder} has no tokenizer.json. Choose a checkpoint with a fast tokenizer.")
     processor_config = folder / "processor_config.json"
