@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from chiasm.bench import synthetic
-from chiasm.doctor.model import Weights, read_weights
+from chiasm.doctor.model import Weights, read, read_weights
+from chiasm.doctor.report import Verdict
 from chiasm.errors import ConfigurationError
 from chiasm.models import load_vision
 from chiasm.models.checkpoint import open_checkpoint
@@ -49,3 +51,15 @@ def test_damaged_files_are_refused(damage: str, checkpoint: Path, tmp_path: Path
     file.write_bytes(damaged[damage])
     with pytest.raises(ConfigurationError, match="not a complete safetensors file"):
         read_weights(open_checkpoint(folder))
+
+
+def test_quantized_weights_are_for_vllm(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    found, (result,) = read(folder, is_vllm=False)
+    assert result.verdict is Verdict.PROBLEM
+    assert "quantized" in result.says
+    found, _ = read(folder, is_vllm=True)
+    assert found is not None
+    assert found.image_numbers

@@ -135,7 +135,14 @@ def test_quantized_weights_are_refused(
         _load_language(edited(**values))
 
 
-@pytest.mark.parametrize("load", LOADERS)
+def test_images_for_quantized_weights_have_a_size_since_vllm_runs_them(
+    checkpoint: Callable[[str], Loaded], edited: Callable[..., Path]
+) -> None:
+    processor = load_processor(edited(quantization_config={"quant_method": "fp8"}))
+    assert processor.geometry_of_size(64, 96) == checkpoint("qwen3_vl").processor.geometry_of_size(64, 96)
+
+
+@pytest.mark.parametrize("load", [_load_language, _load_vision])
 def test_weights_that_an_adapter_changes_are_refused(
     edited: Callable[..., Path], load: Callable[[Path], object]
 ) -> None:

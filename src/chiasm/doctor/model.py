@@ -75,7 +75,7 @@ def read(folder: Path, *, is_vllm: bool) -> tuple[Found | None, list[Result]]:
         return None, [MODEL.refused(error, "download the checkpoint again.", why="no instance can load it.")]
     numbers: int | None = None
     try:
-        numbers = _image_numbers(checkpoint)
+        numbers = _image_numbers(checkpoint, checks_weights=not is_vllm)
     except ChiasmError as error:
         if not is_vllm:
             do = "choose another model, or use --engine vllm for this one."
@@ -98,10 +98,12 @@ def read_weights(checkpoint: Checkpoint) -> Weights:
     return Weights(**counts)
 
 
-def _image_numbers(checkpoint: Checkpoint) -> int:
+def _image_numbers(checkpoint: Checkpoint, *, checks_weights: bool) -> int:
     from chiasm.models import load_processor
-    from chiasm.models.support import entry_width, load_config
+    from chiasm.models.support import check_weights, entry_width, load_config
 
+    if checks_weights:
+        check_weights(checkpoint)
     width = entry_width(load_config(checkpoint))
     return len(load_processor(checkpoint.folder).geometry_of_size(_IMAGE_SIDE, _IMAGE_SIDE).rows) * width
 

@@ -15,7 +15,7 @@ from chiasm.models.decoder import RMSNorm, Rotary, take_layers
 from chiasm.models.loading import as_stored, load_part, model_class
 from chiasm.models.processor import load_processor
 from chiasm.models.products import MakeProduct, Product, forget_weight, product
-from chiasm.models.support import entry_width, family_of, load_config
+from chiasm.models.support import check_weights, entry_width, family_of, load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,9 @@ def import_classes(folder: Path) -> None:
 
     Raises ConfigurationError, UnsupportedModelError.
     """
-    model_class(load_config(open_checkpoint(folder)))
+    checkpoint = open_checkpoint(folder)
+    check_weights(checkpoint)
+    model_class(load_config(checkpoint))
     load_processor(folder)
 
 

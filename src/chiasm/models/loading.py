@@ -14,6 +14,7 @@ from torch import nn
 
 from chiasm.errors import ConfigurationError, UnsupportedModelError
 from chiasm.models.base import LoadProgress
+from chiasm.models.support import check_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +38,11 @@ def load_part(
     """Return the checkpoint's model with only the modules of ``part``, in eval mode and without gradients.
 
     Only the tensors of this part are read. Raises ConfigurationError if one of them is missing, UnsupportedModelError if
-    the checkpoint holds tensors that belong to neither part.
+    the checkpoint holds tensors that belong to neither part, or weights that chiasm can't compute with.
     """
     from chiasm.models.tower import ATTENTION
 
+    check_weights(checkpoint)
     checkpoint.weight_files()
     part_class = _part_class(model_class(config), part)
     try:

@@ -60,7 +60,6 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
     with told(f"{checkpoint.folder / 'config.json'} is not a valid config"):
         config = AutoConfig.from_pretrained(checkpoint.folder, **AS_FILES)
-        _check_weights(checkpoint)
         _check_vision(checkpoint, config)
         _check_text(checkpoint, config.get_text_config())
     return config
@@ -90,7 +89,11 @@ def _check_model_type(checkpoint: Checkpoint) -> None:
         raise _refusal(checkpoint, f"chiasm supports {', '.join(sorted(FAMILIES))}")
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError for weights that have to be changed before they are computed with.
+
+    A processor has no use for weights: those of a model that vLLM runs may be quantized.
+    """
     parts = (checkpoint.config, checkpoint.config.get("text_config"), checkpoint.config.get("vision_config"))
     if any(isinstance(part, dict) and part.get(name) is not None for part in parts for name in _QUANTIZATION):
         raise _refusal(checkpoint, "its weights are quantized; use the same model in bfloat16 or float32")
