@@ -175,6 +175,7 @@ def test_attention_that_a_config_names_is_not_needed(
     [
         ("qwen3_vl", {"do_resize": False}, "do_resize"),
         ("qwen3_vl", {"patch_size": 4}, "disagree"),
+        ("qwen3_vl", {"temporal_patch_size": 1}, "disagree"),
         ("smolvlm", {"do_resize": False}, "do_resize"),
         ("smolvlm", {"max_image_size": {"longest_edge": 16}}, "disagree"),
         ("internvl", {"size": {"height": 16, "width": 16}}, "disagree"),

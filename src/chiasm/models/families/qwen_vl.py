@@ -34,7 +34,8 @@ class QwenVL(Family):
             raise UnsupportedModelError(
                 "The preprocessor config sets do_resize to false, which chiasm doesn't support."
             )
-        if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+        sizes = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+        if sizes != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
             raise UnsupportedModelError(
                 "config.json and the preprocessor config disagree on patch and merge sizes. Download the checkpoint again."
             )
