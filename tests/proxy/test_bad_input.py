@@ -338,6 +338,7 @@ async def test_a_text_that_no_instance_can_take_goes_to_none(start: Start, body:
     path = "/v1/completions" if param == "prompt" else "/v1/chat/completions"
     refused = await front.post(body, path)
     assert (refused.status, refused.error["code"], refused.error["param"]) == (400, "context_length_exceeded", param)
+    assert refused.error["message"].startswith("This model's maximum context length is 512 tokens")
     assert "at least 520 tokens" in refused.error["message"]
     assert not pd.received
     assert await front.metric('chiasm_http_errors_total{code="context_length_exceeded"}') == 1

@@ -203,8 +203,8 @@ class Router:
         limit, characters = self._fleet.text_limit, job.request.text_characters
         if limit is not None and limit.tokens_of(characters) >= limit.tokens:
             raise InvalidRequestError(
-                f"The prompt has at least {limit.tokens_of(characters)} tokens, and the context of this model is "
-                f"{limit.tokens} tokens, answer included. Shorten the prompt.",
+                f"This model's maximum context length is {limit.tokens} tokens, answer included, and the prompt has at "
+                f"least {limit.tokens_of(characters)} tokens. Shorten the prompt.",
                 param="messages" if job.path == CHAT_PATH else "prompt",
                 code=Code.CONTEXT_LENGTH_EXCEEDED,
             )

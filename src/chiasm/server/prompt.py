@@ -216,7 +216,8 @@ def _checked(engine: GeneratingEngine, prompt: Prompt, param: str) -> Prompt:
 
 def _too_long(tokens: str, limit: int, param: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"The prompt has {tokens} tokens, and the context of this model is {limit} tokens, answer included. "
+        # By the first words clients know the error, since they are OpenAI's and vLLM's: they send less, or ask another model.
+        f"This model's maximum context length is {limit} tokens, answer included, and the prompt has {tokens} tokens. "
         "Shorten the prompt, or send fewer or smaller images.",
         param=param,
         code=Code.CONTEXT_LENGTH_EXCEEDED,
