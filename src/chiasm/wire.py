@@ -34,6 +34,8 @@ COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 MESSAGES_PATH = "/v1/messages"
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+NAMED_EVENT_PATHS = (RESPONSES_PATH, MESSAGES_PATH)
+"""Those in whose streams each event has a name; clients of messages skip events without one."""
 IMAGE_PATHS = (RESPONSES_PATH, MESSAGES_PATH, COUNT_TOKENS_PATH)
 """Besides that of chats, those at which an instance may take images by the names of their embeddings."""
 OTHER_PATHS = (
@@ -546,3 +548,5 @@ class ErrorBody(msgspec.Struct, kw_only=True, frozen=True):
     """Body of every answer that isn't 2xx, and of an error event in a stream."""
 
     error: ErrorDetail = ErrorDetail()
+    type: str = "error"
+    """By it, clients of Anthropic's API know an error. It stands last: who reads streams looks for ``error`` first."""

@@ -13,7 +13,13 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import pytest
 
-from chiasm.errors import ChiasmError, Code, DeadlineExceededError, InvalidRequestError, OverloadedError
+from chiasm.errors import (
+    ChiasmError,
+    Code,
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from chiasm.http import Exchange
 from chiasm.http.body import Pace
 from chiasm.http.endpoint import Bounds
@@ -240,6 +246,10 @@ class TestErrors:
             assert error_of(response) == expected
             assert response.headers.get("retry-after") == ("7" if status == 503 else None)
             assert response.headers["x-noted"] == "yes"
+
+    def test_they_have_the_type_by_which_clients_of_anthropics_api_know_an_error(self) -> None:
+        with site(raising(ChiasmError("Broken."))) as server:
+            assert post(server.url).json()["type"] == "error"
 
     def test_an_unexpected_one_shows_no_details(self, caplog: pytest.LogCaptureFixture) -> None:
         with site(raising(ValueError("secret"))) as server:

@@ -13,10 +13,10 @@ from aiohttp import web
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.http.config import HttpConfig
 from chiasm.proxy.other_paths import parse_other
-from chiasm.wire import OTHER_PATHS
+from chiasm.wire import NAMED_EVENT_PATHS, OTHER_PATHS
 
 from .conftest import Front, Start, ask, image, image_bytes
-from .instances import MODEL, VLLM, Answering, FakeInstance, Received, break_off, full, lose, once
+from .instances import MODEL, VLLM, Answering, FakeInstance, Received, begin_stream, break_off, full, lose, once
 
 BODY = b'{ "model":"tiny",\n "input" : "\\u00e9 and more", "unknown": [1.50, null], "tools": [{"type":"function"}] }'
 ANSWER = b'{"object" : "whatever",  "tool_calls":[{"id":"1"}], "reasoning": "because"}'
@@ -64,6 +64,26 @@ async def test_a_stream_stays_as_it_is(start: Start) -> None:
     answered = await front.post({"model": MODEL, "stream": True}, "/v1/messages")
     assert answered.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answered.body == b"".join(EVENTS)
+
+
+@pytest.mark.parametrize("path", NAMED_EVENT_PATHS)
+async def test_losing_the_instance_ends_a_stream_with_an_error_that_clients_of_the_path_know(
+    start: Start, path: str
+) -> None:
+    """Anthropic's clients skip events without a name, and would take what they have for the whole answer."""
+    front, (pd,) = await vllm(start, "pd")
+
+    async def die(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        response = await begin_stream(request)
+        await response.write(EVENTS[0] + EVENTS[1])
+        await break_off(request)
+        return response
+
+    pd.answer = die
+    answered = await front.post({"model": MODEL, "stream": True}, path)
+    begun, last = answered.body.split(b"event: error\ndata: ")
+    assert begun == EVENTS[0] + EVENTS[1]
+    assert (json.loads(last)["type"], json.loads(last)["error"]["code"]) == ("error", Code.INSTANCE_LOST)
 
 
 async def test_a_refusal_of_the_instance_stays_as_it_is(start: Start) -> None:

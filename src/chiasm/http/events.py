@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from chiasm.wire import NAMED_EVENT_PATHS
+
 CONTENT_TYPE = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 """Ends a successful stream of the OpenAI API."""
@@ -15,6 +17,11 @@ _END_CRLF = b"\r\n\r\n"
 def event(data: bytes) -> bytes:
     """Return one event; ``data`` holds no newline, which JSON escapes."""
     return b"data: " + data + _END
+
+
+def error_event(body: bytes, path: str) -> bytes:
+    """Return the event with which a stream of ``path`` ends if it fails; ``body`` is that of an answer with the error."""
+    return (b"event: error\n" if path in NAMED_EVENT_PATHS else b"") + event(body)
 
 
 def comment(name: str, text: str) -> bytes:

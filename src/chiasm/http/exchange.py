@@ -66,6 +66,7 @@ class Exchange:
         """Where the time went, as far as it is known: the ``Server-Timing`` of the answer or of an error."""
         self.error_headers: Iterable[tuple[str, str]] = ()
         """Headers that an answer with an error carries besides its own."""
+        self._path: str = scope["path"]
         self._receive = receive
         self._send = send
         self._admission = admission
@@ -183,7 +184,7 @@ class Exchange:
                 error_body(error), status=error.status, headers=[*error_headers(error), *self.error_headers]
             )
         elif self._is_streaming:
-            await self.end_events(events.event(error_body(error)))
+            await self.end_events(events.error_event(error_body(error), self._path))
 
     async def _send_last(self, data: bytes) -> None:
         # Before the client has the answer: its next request finds the place free.

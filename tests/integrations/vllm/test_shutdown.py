@@ -6,13 +6,16 @@ import asyncio
 import json
 import os
 import signal
+from functools import partial
 from types import SimpleNamespace
 
-from starlette.types import Message, Receive, Scope, Send
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chiasm.integrations.vllm.messages import UNFETCHED_METHOD
 from chiasm.integrations.vllm.middleware import ChiasmMiddleware
-from chiasm.wire import COMPLETIONS_PATH, DRAIN_PATH
+from chiasm.integrations.vllm.shutdown import ServerEnd
+from chiasm.wire import COMPLETIONS_PATH, DRAIN_PATH, NAMED_EVENT_PATHS
 
 FIRST, LAST = b"data: one\n\n", b"data: [DONE]\n\n"
 
@@ -59,7 +62,7 @@ class VLLM:
         self.app = SimpleNamespace(state=self.state)
         self.go = asyncio.Event()
         self.was_cancelled = False
-        self.middleware = ChiasmMiddleware(self)
+        self.middleware: ASGIApp = ChiasmMiddleware(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,6 +165,19 @@ async def test_without_time_for_it_a_stream_ends_with_an_error_at_the_first_sign
     os.kill(os.getpid(), signal.SIGTERM)
     await vllm.ended()
     assert b'"code":"stopping"' in (await stream)[-1]["body"]
+
+
+@pytest.mark.parametrize("path", NAMED_EVENT_PATHS)
+async def test_in_a_stream_whose_events_have_names_the_error_has_one_too(path: str) -> None:
+    vllm = VLLM(shutdown_timeout=0)
+    end = ServerEnd()
+    end.take_over(vllm.state)
+    vllm.middleware = partial(end.run, vllm)
+    stream = asyncio.create_task(vllm.call("http", path=path))
+    await asyncio.sleep(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await vllm.ended()
+    assert (await stream)[-1]["body"].startswith(b'event: error\ndata: {"error":')
 
 
 async def test_kv_that_an_engine_holds_is_fetched_before_the_server_ends() -> None:

@@ -138,7 +138,7 @@ class _Call:
         if not self._has_begun:
             await error_response(_stopping())(self._scope, self._receive, self._send)
         elif self._is_stream and not self._has_ended:
-            last = events.event(error_body(_stopping()))
+            last = events.error_event(error_body(_stopping()), self._scope["path"])
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
         if self._task is not None:
             self._task.cancel()
