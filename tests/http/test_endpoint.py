@@ -18,6 +18,7 @@ from chiasm.errors import (
     Code,
     DeadlineExceededError,
     InvalidRequestError,
+    NotServedError,
     OverloadedError,
 )
 from chiasm.http import Exchange
@@ -250,6 +251,21 @@ class TestErrors:
     def test_they_have_the_type_by_which_clients_of_anthropics_api_know_an_error(self) -> None:
         with site(raising(ChiasmError("Broken."))) as server:
             assert post(server.url).json()["type"] == "error"
+
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (NotServedError("/v1/embeddings"), "false"),
+            (DeadlineExceededError("Too late."), "false"),
+            (OverloadedError("Full."), None),
+            (ChiasmError("Broken."), None),
+        ],
+    )
+    def test_one_that_every_attempt_would_get_tells_clients_not_to_repeat_the_request(
+        self, error: ChiasmError, told: str | None
+    ) -> None:
+        with site(raising(error)) as server:
+            assert post(server.url).headers.get("x-should-retry") == told
 
     def test_an_unexpected_one_shows_no_details(self, caplog: pytest.LogCaptureFixture) -> None:
         with site(raising(ValueError("secret"))) as server:

@@ -267,10 +267,10 @@ async def test_an_error_of_pd_reaches_the_client(start: Start) -> None:
         assert answer.error["message"] == "the prompt is longer than the context"
         assert "X-Inner" not in answer.headers
     await asyncio.wait_for(encoder.gone.acquire(), 60)  # it isn't needed any more
-    pd.answer = refuse(429, "slow down", **{"Retry-After": "7"})
+    pd.answer = refuse(429, "slow down", **{"Retry-After": "7", "X-Should-Retry": "false"})
     answer = await front.post(ask("x"))
     assert answer.status == 429
-    assert answer.headers["Retry-After"] == "7"
+    assert (answer.headers["Retry-After"], answer.headers["X-Should-Retry"]) == ("7", "false")
 
 
 async def test_an_encoders_refusal_reaches_the_client(start: Start) -> None:

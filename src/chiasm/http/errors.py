@@ -17,7 +17,9 @@ from chiasm.errors import (
     AuthenticationError,
     ChiasmError,
     Code,
+    DeadlineExceededError,
     MethodNotAllowedError,
+    NotServedError,
     OverloadedError,
     PathNotFoundError,
     UnsupportedMediaTypeError,
@@ -40,8 +42,8 @@ def error_body(error: ChiasmError) -> bytes:
 def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
     """Return the headers that go with the error.
 
-    That is ``Retry-After`` in whole seconds if trying again can help, ``Connection`` if this server is stopping and can't be
-    asked again, and what says which requests would be accepted.
+    That is ``Retry-After`` in whole seconds if trying again can help, ``X-Should-Retry`` if it can't but clients would do it,
+    ``Connection`` if this server is stopping and can't be asked again, and what says which requests would be accepted.
     """
     if isinstance(error, AuthenticationError):
         return [("www-authenticate", "Bearer")]
@@ -49,6 +51,10 @@ def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
         return [("allow", error.allow)]
     if isinstance(error, UnsupportedMediaTypeError):
         return [("accept", "application/json"), ("accept-encoding", ", ".join(ACCEPTED))]
+    if isinstance(error, NotServedError | DeadlineExceededError):
+        return [
+            ("x-should-retry", "false")
+        ]  # clients of OpenAI and Anthropic repeat what got 5xx, which here costs as much again
     if error.code == Code.STOPPING:
         return [("retry-after", "1"), ("connection", "close")]
     if isinstance(error, OverloadedError):

@@ -29,7 +29,7 @@ from chiasm.http.paths import normal_path
 from chiasm.http.visit import Visit, with_visit
 from chiasm.tasks import beside
 
-EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After")
+EXPOSED_HEADERS = ("X-Request-Id", "Server-Timing", "Retry-After", "X-Should-Retry")
 """Headers of answers that web pages of other origins may read."""
 _LOGS_OF_CLIENTS = ("chiasm.http.errors", "uvicorn.error")
 """Loggers to which any client can add lines, beside the log of requests: unexpected errors, and what isn't HTTP."""

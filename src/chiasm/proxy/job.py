@@ -20,7 +20,7 @@ from chiasm.proxy.request import Request
 from chiasm.proxy.upstream import Call, UpstreamResponse
 from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
-_TO_CLIENT = ("retry-after", "www-authenticate", "metadata")
+_TO_CLIENT = ("retry-after", "x-should-retry", "www-authenticate", "metadata")
 """The last one is of vLLM's /pooling, for embeddings in bytes."""
 _BEFORE_DEADLINE_SECONDS = 0.1
 _T = TypeVar("_T")
