@@ -14,10 +14,10 @@ from aiohttp import web
 
 from chiasm.http.config import HttpConfig
 from chiasm.proxy import ProxyConfig, create_app
-from chiasm.wire import ModelList, model_card
+from chiasm.wire import MESSAGES_PATH, ModelList, model_card
 
 from .conftest import Front, Images, Start, ask, image, image_bytes, listen
-from .instances import MODEL, FakeInstance, Received, begin_stream, error_event, error_of, event, refuse
+from .instances import MODEL, VLLM, FakeInstance, Received, begin_stream, error_event, error_of, event, refuse
 
 KEY = "right" * 4
 ADMIN_KEY = "admin" * 4
@@ -208,6 +208,20 @@ class TestLog:
         (line,) = self.lines(caplog)
         assert f"status=200 model=tiny instances={pd.url.removeprefix('http://')} seconds=" in line
         assert line.endswith(" code=500: The engine failed.")
+
+    async def test_so_is_one_in_the_form_of_messages(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+        async def break_down(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+            response = await begin_stream(request)
+            told = {"type": "error", "error": {"type": "internal_error", "message": "The engine failed."}}
+            await response.write(f"event: error\ndata: {json.dumps(told)}\n\n".encode())
+            return response
+
+        pd = FakeInstance("pd", engine=VLLM["engine"])
+        pd.answer = break_down
+        front = await start([pd])
+        assert (await front.post({"model": MODEL, "stream": True}, MESSAGES_PATH)).status == 200
+        (line,) = self.lines(caplog)
+        assert line.endswith(" code=internal_error: The engine failed.")
 
     async def test_each_request_has_a_line_with_its_tokens_and_stages_and_pages_have_none(
         self, start: Start, caplog: pytest.LogCaptureFixture

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _KEY = "chiasm.visit"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
-_ERROR_EVENT = re.compile(rb'(?:^|\n)data: ?(\{\s*"error"[^\n]*)')
+_ERROR_EVENT = re.compile(rb'(?:^|\n)data: ?(\{\s*(?:"type": ?"error", ?)?"error"[^\n]*)')
+"""In a stream of messages, vLLM writes the type first."""
 _TOKENS = re.compile(rb'"(prompt|completion)_tokens": ?(\d{1,12})')
 _TOLD_TOKENS = re.compile(rb'\b(prompt|completion)_tokens;desc="(\d{1,12})"')
 """As instances tell them with their timing; JSON's strings have no such quotes."""
