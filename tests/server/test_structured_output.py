@@ -124,6 +124,33 @@ def test_an_object_has_all_properties_that_any_part_of_its_schema_requires(demo:
     assert "x" in answer
 
 
+@pytest.mark.parametrize("pattern", [r"^(?!no)[a-z]+$", r"^(a)\1$", r"^\bno\b$", "^[^]$"])
+def test_a_pattern_that_no_grammar_can_follow_is_ignored_unless_the_schema_is_strict(demo: Demo, pattern: str) -> None:
+    """Tools that programs find elsewhere have patterns of JavaScript, such as those of look-ahead."""
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern, "maxLength": 3}}, "required": ["a"]}
+    tool = {"name": "f", "parameters": schema}
+    choice = demo.choice(
+        tools=[{"type": "function", "function": tool}], tool_choice="required", parallel_tool_calls=False
+    )
+    assert len(json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])["a"]) <= 3
+    assert demo.post(tools=[{"type": "function", "function": {**tool, "strict": True}}]).status == 400
+
+
+def test_a_strict_schema_may_name_its_patterns_and_say_that_names_are_strings(demo: Demo) -> None:
+    """As zod writes ``startsWith``, which OpenAI's format doesn't know, and records."""
+    text = {"type": "string", "format": "starts_with", "pattern": "^ab$"}
+    record = {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": {"enum": [1]},
+        "maxProperties": 1,
+    }
+    schema = {"type": "object", "properties": {"text": text, "record": record}, "required": ["text", "record"]}
+    answer = json.loads(demo.choice(response_format=json_schema(schema, strict=True))["message"]["content"])
+    assert answer["text"] == "ab"
+    assert set(answer["record"].values()) <= {1}
+
+
 @pytest.mark.parametrize(
     ("outputs", "pattern"),
     [
@@ -290,6 +317,11 @@ def _call(arguments: str) -> dict[str, Any]:
             {"response_format": json_schema({"type": "array", "uniqueItems": True}, strict=True)},
             "response_format",
             "uniqueItems",
+        ),
+        (
+            {"response_format": json_schema({"type": "string", "format": "nanoid"}, strict=True)},
+            "response_format",
+            "nanoid",
         ),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),

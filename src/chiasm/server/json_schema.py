@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +17,8 @@ MAX_LEVELS = 8192
 before, and a thread whose stack is full ends the process."""
 _WHITE_SPACE = " "
 """What may stand between the tokens of JSON. Small models otherwise spend their answers on lines and indentation."""
+_MAX_TRIALS = 256
+_MAX_TRIED_CHARACTERS = 1024
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _PARTS = ("allOf", "anyOf", "oneOf")
 _SCHEMA_LISTS = (*_PARTS, "prefixItems")
@@ -35,8 +38,9 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
     """Return a schema as the right side of a rule of a grammar.
 
     Objects have no other properties than those that they name, unless the schema says more about them. With ``strict``, the
-    grammar's compiler refuses keywords that it can't enforce; otherwise they are ignored. Without ``any_space``, the
-    JSON has no white space outside of strings. Raises InvalidRequestError.
+    grammar's compiler refuses keywords and patterns that it can't enforce; otherwise they are ignored. Without ``any_space``,
+    the JSON has no white space outside of strings. Raises InvalidRequestError. It may take tenths of a second; don't call it
+    on an event loop.
     """
     if not isinstance(schema, dict):
         raise InvalidRequestError(
@@ -47,7 +51,9 @@ def json_rule(schema: object, *, param: str, strict: bool = False, any_space: bo
     # oneOf means anyOf here: a grammar can't count how many alternatives fit.
     options: dict[str, object] = {"lenient": not strict, "coerce_one_of": True}
     options |= {"whitespace_pattern": _WHITE_SPACE} if any_space else {"whitespace_flexible": False}
-    return "%json " + json.dumps({**_closed(schema, _shared(schema)), "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps(
+        {**_closed(schema, _shared(schema), _Trials(strict=strict)), "x-guidance": options}, ensure_ascii=False
+    )
 
 
 def check_depth(value: object, name: str, *, param: str) -> None:
@@ -94,23 +100,58 @@ def _check_levels(schema: Mapping[str, Any], param: str) -> None:
             )
 
 
-def _closed(schema: Mapping[str, Any], shared: Collection[int]) -> dict[str, Any]:
+class _Trials:
+    """Tries keywords of a schema by themselves, since its compiler refuses all of it for one of them. Each takes about 1 ms."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self._strict = strict
+        self._left = _MAX_TRIALS
+
+    def leave_out(self, schema: dict[str, Any]) -> None:
+        """Take out of a schema what says nothing, and, unless it is strict, what can't be followed."""
+        if "pattern" in schema:
+            if self._fails("format", schema.get("format")):
+                del schema["format"]  # the pattern says it: clients give patterns names of their own
+            if not self._strict and self._fails("pattern", schema["pattern"]):
+                del schema["pattern"]
+        if schema.get("propertyNames") == {"type": "string"}:
+            del schema["propertyNames"]
+
+    def _fails(self, keyword: str, value: object) -> bool:
+        """Whether a keyword can't be followed. One that isn't tried is left to the compiler."""
+        if not isinstance(value, str) or len(value) > _MAX_TRIED_CHARACTERS or not self._left:
+            return False
+        self._left -= 1
+        return not _can_be_followed(keyword, value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _can_be_followed(keyword: str, value: str) -> bool:
+    from llguidance import LLMatcher
+
+    alone = "start: %json " + json.dumps({"type": "string", keyword: value})
+    return not LLMatcher.validate_grammar(f"%llguidance {{}}\n{alone}")
+
+
+def _closed(schema: Mapping[str, Any], shared: Collection[int], trials: _Trials) -> dict[str, Any]:
     """Return the schema with ``additionalProperties: false`` in each object that names its properties and says no more.
 
     Those in ``shared`` stay as they are, and so do negations.
     """
     closed: dict[str, Any] = dict(schema)
+    trials.leave_out(closed)
     for key in _SCHEMAS_BY_NAME:
         if isinstance(named := closed.get(key), dict):
             closed[key] = {
-                name: _closed(value, shared) if isinstance(value, dict) else value for name, value in named.items()
+                name: _closed(value, shared, trials) if isinstance(value, dict) else value
+                for name, value in named.items()
             }
     for key in _SCHEMA_LISTS:
         if isinstance(several := closed.get(key), list):
-            closed[key] = [_closed(value, shared) if isinstance(value, dict) else value for value in several]
+            closed[key] = [_closed(value, shared, trials) if isinstance(value, dict) else value for value in several]
     for key in _SCHEMAS:
         if isinstance(one := closed.get(key), dict):
-            closed[key] = _closed(one, shared)
+            closed[key] = _closed(one, shared, trials)
     if id(schema) not in shared and _names_all(schema) and not any(key in closed for key in _SAYS_WHAT_ELSE):
         closed["additionalProperties"] = False
     return closed
