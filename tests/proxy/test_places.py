@@ -10,7 +10,7 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from chiasm.proxy import places
-from chiasm.wire import ECPlace
+from chiasm.wire import Costs, ECPlace, ImageCost
 
 from .conftest import Start, ask, image, image_bytes, listen, until_idle
 from .instances import (
@@ -53,6 +53,25 @@ def when_told(answer: Answering = chat) -> Answering:
         return await answer(instance, request, received)
 
     return wait
+
+
+async def test_an_image_goes_to_another_encoder_if_the_instance_cannot_reach_the_first(start: Start) -> None:
+    slow = Costs(images=[ImageCost(pixels=24, encode_seconds=100.0)])
+    fast, other, language = encoder(0), FakeInstance("encoder", ec_place=PLACES[1], costs=slow, **PEER), pd()
+    is_reached = asyncio.Event()
+
+    async def publish(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        language.awaited = received.identifiers if instance is fast else []
+        if instance is other:
+            is_reached.set()
+        return await encode(instance, request, received)
+
+    fast.answer = other.answer = publish
+    language.answer = after(is_reached, chat)
+    front = await start([fast, other, language])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert len(fast.received) == 2  # once it may only have been evicted
+    assert language.places == {language.received[0].identifiers[0]: PLACES[1]}
 
 
 async def test_a_pd_is_told_the_place_before_an_image_is_encoded(start: Start) -> None:

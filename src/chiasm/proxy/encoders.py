@@ -17,7 +17,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -118,14 +119,22 @@ class Encoders:
         self._metrics.encode.observe(job.timing.encode_call)
         return {name: flight.metadata.result() for name, flight in flights.items()}
 
-    async def encode_again(self, items: Iterable[Item], job: Job) -> None:
-        """Have images encoded whose embeddings were published and are lost. Raises like :meth:`encode`."""
+    async def encode_again(
+        self, items: Iterable[Item], job: Job, lost_at: Mapping[str, Sequence[ECPlace]] = MappingProxyType({})
+    ) -> None:
+        """Have images encoded whose embeddings were published and are lost. Raises like :meth:`encode`.
+
+        ``lost_at`` are places, by identifier, from which the language instance hasn't got an embedding: another encoder gets
+        the image, if there is one.
+        """
         items = list(items)
         for item in items:
             self._queue.note_lost(item.identifier)
-        await self._fly(items, job)
+        await self._fly(items, job, lost_at)
 
-    async def _fly(self, items: Iterable[Item], job: Job) -> dict[str, Flight]:
+    async def _fly(
+        self, items: Iterable[Item], job: Job, lost_at: Mapping[str, Sequence[ECPlace]] = MappingProxyType({})
+    ) -> dict[str, Flight]:
         """Return the flights of these images when all have ended well."""
         flights: dict[str, Flight] = {}
         asked_at = time.monotonic()
@@ -142,6 +151,7 @@ class Encoders:
                     language=job.instance,
                     size_bytes=item.part_bytes,
                 )
+                entry.failed_at |= self._to_avoid(lost_at.get(item.identifier, ()))
                 flight = self._flights[item.identifier, job.sharers] = Flight(item, entry)
                 self._queue.add(entry)
                 self._demand.note(self._queue.cost(entry.item, asked_at), asked_at)
@@ -404,6 +414,15 @@ class Encoders:
                 flight.entry.failed_at.discard(instance)
         if self._flights:
             asyncio.get_running_loop().call_soon(self._feed)
+
+    def _to_avoid(self, places: Sequence[ECPlace]) -> set[Instance]:
+        """Return the encoders at these places; if no other is left, those at the last one; none if that is the only one."""
+        encoders = self._fleet.healthy(Role.ENCODER)
+        for some in (places, places[-1:]):
+            avoided = {one for one in encoders if one.ec_place in some}
+            if len(avoided) < len(encoders):
+                return avoided
+        return set()
 
     def _has_another(self, flight: Flight, encoder: Instance) -> bool:
         """Whether a healthy encoder besides this one may get an image."""

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,7 @@ from chiasm.proxy.places import Places
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
 from chiasm.proxy.upstream import Upstream, UpstreamError
 from chiasm.tasks import end_tasks
-from chiasm.wire import AWAITED_PATH, UNREADABLE, AwaitedEmbeddings
+from chiasm.wire import AWAITED_PATH, UNREADABLE, AwaitedEmbeddings, ECPlace
 
 _log = logging.getLogger(__name__)
 _FIRST_WAIT_SECONDS = 0.1
@@ -117,6 +117,8 @@ class LostEmbeddings:
     async def _recover(self, items: Sequence[Item], job: Job) -> None:
         before: frozenset[str] = frozenset()
         in_vain = 0
+        lost_at: dict[str, list[ECPlace]] = {}
+        """Where the encoders are at which embeddings were lost, each time."""
         seconds = _FIRST_WAIT_SECONDS
         while not await _is_read_within(job, seconds):
             lost = await self._lost(job)
@@ -136,8 +138,12 @@ class LostEmbeddings:
             # The instance may have had them from the shared cache, and couldn't read them.
             if in_vain == 1 or self._fleet.lacking(has_images=True):
                 missing -= await self.find_stored(lost, job)
+            for name in lost:
+                if place := job.places.get(name):
+                    lost_at.setdefault(name, []).append(place)
             if missing:
-                await self._encoders.encode_again([item for item in items if item.identifier in missing], job)
+                again = [item for item in items if item.identifier in missing]
+                await self._encoders.encode_again(again, job, _in_vain_at(lost_at))
             if not job.embeddings_are_read:
                 job.news_of_embeddings.clear()  # it is older than what has just been published
             before = lost
@@ -207,6 +213,11 @@ class LostEmbeddings:
         return _Answer(now, awaited)
 
 
+def _in_vain_at(lost_at: Mapping[str, Sequence[ECPlace]]) -> dict[str, list[ECPlace]]:
+    """Return where embeddings were lost more than once: they weren't just evicted, the instance may not reach the encoder."""
+    return {name: [one for one in places if places.count(one) > 1] for name, places in lost_at.items()}
+
+
 async def _is_read_within(job: Job, seconds: float) -> bool:
     """Return whether the instance has all embeddings; wait so long for news of them."""
     with contextlib.suppress(TimeoutError):
@@ -219,7 +230,7 @@ async def _is_read_within(job: Job, seconds: float) -> bool:
 def _lost_for_good(times: int) -> EmbeddingUnavailableError:
     return EmbeddingUnavailableError(
         f"The embedding of an image was lost {times} times before the instance that needs it had read it. The instance's log "
-        "says why, if it has refused it. If it hasn't, raise --ec-max-bytes of the encoders, so that they hold the embeddings "
-        "of all requests that wait.",
+        "says why, if it has refused it or can't reach the encoder (--ec-host, --ec-port). Otherwise, raise --ec-max-bytes of "
+        "the encoders, so that they hold the embeddings of all requests that wait.",
         code=Code.EMBEDDING_LOST,
     )
