@@ -325,6 +325,19 @@ async def test_a_pd_that_leaves_costs_a_retry(start: Start, code: str) -> None:
     assert [len(pd.received) for pd in pds] == [1, 1]
 
 
+@pytest.mark.parametrize("status", [502, 503])
+async def test_a_pd_that_a_reverse_proxy_before_it_does_not_reach_costs_a_retry(start: Start, status: int) -> None:
+    pds = [FakeInstance("pd"), FakeInstance("pd")]
+
+    async def unreached(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        return web.Response(status=status, text="<h1>Bad Gateway</h1>", content_type="text/html")
+
+    once(unreached, chat, *pds)
+    front = await start(pds)
+    assert (await front.post(ask("x"))).status == 200
+    assert [len(pd.received) for pd in pds] == [1, 1]
+
+
 async def test_an_answer_that_is_too_long_is_an_error(start: Start) -> None:
     pd = FakeInstance("pd")
     front = await start([pd], max_answer_bytes=100)

@@ -303,11 +303,7 @@ class Encoders:
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._post(call, lender)
         except UpstreamError as error:
-            is_healthy = await self._prober.lost(instance, error)
-            for flight in call.flights:
-                if not is_healthy or self._has_another(flight, instance):
-                    flight.entry.failed_at.add(instance)
-            self._again(call, call.flights, error)
+            await self._lose(call, error)
             return
         except TimeoutError:
             self._exclude(call.flights, instance)
@@ -321,9 +317,20 @@ class Encoders:
             self._again(call, call.flights, UpstreamError(f"An encoder answered with status {response.status}."))
             return
         refusal = RefusedError(response)
+        if refusal.refuses_signature:
+            await self._lose(call, refusal)
+            return
         if refusal.is_leaving:  # if no other is left, its images wait only when it is known to be unhealthy
             await self._prober.lost(instance, refusal)
         self._refuse(call, refusal)
+
+    async def _lose(self, call: Call, error: ChiasmError) -> None:
+        """Probe the encoder of a call that has failed, and have the images go elsewhere, or there again if it is the last."""
+        is_healthy = await self._prober.lost(call.instance, error)
+        for flight in call.flights:
+            if not is_healthy or self._has_another(flight, call.instance):
+                flight.entry.failed_at.add(call.instance)
+        self._again(call, call.flights, error)
 
     async def _post(self, call: Call, lender: Job) -> UpstreamResponse:
         is_small = sum(flight.item.part_bytes for flight in call.flights) <= INLINE_BYTES

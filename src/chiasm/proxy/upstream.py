@@ -33,6 +33,9 @@ _INLINE_BYTES = 1 << 20
 """Up to this size a body is hashed, for its signature, on the event loop."""
 _FULL_KINDS = ("overloaded_error", "Service Unavailable")
 """How the errors of a full instance are called by chiasm, and by vLLM, which has a limit by ``--max-num-queued-reqs``."""
+_OF_GATEWAYS = frozenset({502, 503})
+"""What a reverse proxy or a sidecar answers in words of its own when it doesn't reach the instance behind it. After 504 the
+instance may still be at work, so no other one gets the request."""
 _error = msgspec.json.Decoder(ErrorBody)
 
 
@@ -79,6 +82,8 @@ class InstanceError(ChiasmError):
             detail = ErrorDetail()
         code = detail.code if detail.code is None else str(detail.code)
         super().__init__(detail.message or fallback, param=detail.param, code=code)
+        self.is_explained = bool(detail.message)
+        """Whether ``body`` holds an error."""
         self.kind = detail.type or self.kind
         if isinstance(detail.code, int) and 400 <= detail.code <= 599:  # vLLM puts the status there
             self.status = detail.code
@@ -113,6 +118,17 @@ class RefusedError(InstanceError):
         super().__init__(response.body, f"An instance answered with status {response.status}.")
         self.status = response.status
         self.response = response
+
+    @property
+    def refuses_signature(self) -> bool:
+        """Whether it isn't the request that is refused: the instance's clock may have been set, which a probe tells."""
+        return self.code == Code.FLEET_SIGNATURE_INVALID
+
+    @property
+    def is_leaving(self) -> bool:
+        """Also whether another instance, or this one after a probe, may take what was refused."""
+        is_unreached = self.status in _OF_GATEWAYS and not self.is_explained
+        return super().is_leaving or self.refuses_signature or is_unreached
 
 
 class UpstreamResponse(NamedTuple):
