@@ -84,6 +84,12 @@ def test_instances_are_counted_once_however_many_proxies_know_them(title: str, e
     assert not is_count or expression.endswith("== 0")
 
 
+def test_an_alert_fires_when_no_proxy_can_be_scraped() -> None:
+    assert (
+        dict(expressions())["ChiasmNotReady"] == "(max(chiasm_proxy_ready) or vector(0)) == 0"
+    )  # else it has no samples
+
+
 def test_every_alert_has_an_expression_a_summary_and_a_row_in_the_docs() -> None:
     for rule in ALERTS["groups"][0]["rules"]:
         assert rule["annotations"]["summary"].endswith(".")
