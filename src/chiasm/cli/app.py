@@ -57,6 +57,7 @@ Options:
 def main() -> None:
     """Run the command that the arguments name. Expected faults end with one line on stderr and exit code 2."""
     _open_closed_streams()
+    _handle_signals_as_first_process()
     try:
         try:
             code = _run(sys.argv[1:])
@@ -128,6 +129,17 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open
+
+
+def _handle_signals_as_first_process() -> None:
+    """Let signals end the first process of a container before its command handles them.
+
+    Linux ends this process by none that it doesn't handle.
+    """
+    if os.getpid() == 1:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda received, frame: sys.exit(128 + received))
 
 
 def _is_without_reader(stream: TextIO) -> bool:
