@@ -256,6 +256,22 @@ async def test_the_prefill_instance_that_lost_the_kv_is_avoided_even_if_the_othe
     assert (await long).status == 200
 
 
+async def test_a_decode_instance_that_got_no_kv_is_avoided_even_if_the_other_has_more_work(start: Start) -> None:
+    p, ds, gate = FakeInstance("prefill"), instances("decode", 2), asyncio.Event()
+    for d in ds:
+        d.answer = after(gate, decode)
+    front = await start([p, *ds])
+    long = asyncio.ensure_future(front.post(ask("long")))
+    while not received_by(ds):
+        await front.get("/health")
+    idle, busy = sorted(ds, key=lambda d: len(d.received))
+    idle.answer, busy.answer = kv_unavailable, decode
+    assert (await front.post(ask("x"))).status == 200
+    assert (len(idle.received), len(busy.received)) == (1, 2)
+    gate.set()
+    assert (await long).status == 200
+
+
 async def test_decode_may_be_preempted_before_its_answer(start: Start) -> None:
     p, d = FakeInstance("prefill"), FakeInstance("decode")
     once(refuse(503, "no blocks", kind="kv_unavailable_error", code="preempted"), decode, d)

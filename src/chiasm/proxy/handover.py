@@ -64,6 +64,8 @@ class Handover:
         self._prefill_at: Instance | None = None
         self._avoided: set[Instance] = set()
         """The prefill instance that was lost."""
+        self._without_kv: set[Instance] = set()
+        """Decode instances that couldn't fetch the KV. They may not reach the prefill instances, and then they are idle."""
         self._began = time.perf_counter()
 
     async def run(self) -> None:
@@ -129,7 +131,7 @@ class Handover:
         job = self._job
         job.trail.resume()
 
-        with await self._balancer.assign(job, (Role.DECODE,)) as assignment:
+        with await self._balancer.assign(job, (Role.DECODE,), avoid=self._without_kv) as assignment:
             is_watched = reads_embeddings(assignment.instance)
             # If prefill has answered before the encoders, it needed no embedding, so an encoder that fails ends nothing.
             job.fails_with_encoding = job.is_encoded
@@ -175,6 +177,8 @@ class Handover:
         reason = None if self._job.is_error_of_encoders(error) else self._engine.reason_to_retry(error, lost)
         if reason is None:
             return error
+        if reason is Reason.KV_UNAVAILABLE:
+            self._without_kv.add(instance)
         if not isinstance(error, InstanceLostError):  # for that, it has been probed already
             await self._balancer.lost(instance, error)
         return _InterruptedError(reason, error)
