@@ -25,6 +25,7 @@ from .instances import (
     encode,
     in_order,
     lose,
+    never,
     once,
     prefill,
     vllm_decode,
@@ -72,6 +73,22 @@ async def test_an_image_goes_to_another_encoder_if_the_instance_cannot_reach_the
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert len(fast.received) == 2  # once it may only have been evicted
     assert language.places == {language.received[0].identifiers[0]: PLACES[1]}
+
+
+@pytest.mark.parametrize("role", ["pd", "prefill"])
+async def test_a_request_goes_to_another_instance_if_the_first_reaches_no_encoder(start: Start, role: str) -> None:
+    e, languages = encoder(), [FakeInstance(role, **PEER), FakeInstance(role, **PEER)]
+    others = [FakeInstance("decode", **PEER)] if role == "prefill" else []
+
+    async def cut_off(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        instance.awaited = received.identifiers
+        return await never(instance, request, received)
+
+    once(cut_off, when_told(prefill if others else chat), *languages)
+    front = await start([e, *languages, *others])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert [len(one.received) for one in languages] == [1, 1]
+    await until_idle(front)
 
 
 async def test_a_pd_is_told_the_place_before_an_image_is_encoded(start: Start) -> None:

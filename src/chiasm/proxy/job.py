@@ -17,7 +17,7 @@ from chiasm.proxy.prompts import Work
 from chiasm.proxy.records.trail import Trail
 from chiasm.proxy.relay import EventRelay
 from chiasm.proxy.request import Request
-from chiasm.proxy.upstream import Call, UpstreamResponse
+from chiasm.proxy.upstream import Call, InstanceLostError, UpstreamResponse
 from chiasm.wire import CLIENT_HEADER, TIMING_COMMENT, ECPlace
 
 _TO_CLIENT = ("retry-after", "x-should-retry", "www-authenticate", "metadata")
@@ -119,6 +119,8 @@ class Job:
         self._details = exchange.visit.details
         self._trace_headers = {} if trail.trace is None else trail.trace.headers()
         self._encoder_calls = 0
+        self._giving_up: asyncio.Future[InstanceLostError] | None = None
+        """Done when the call of the language instance that is under way is to end with this error."""
 
     @cached_property
     def metadata(self) -> asyncio.Future[dict[str, bytes]]:
@@ -234,15 +236,26 @@ class Job:
         if encoding.done() and encoding.exception() is None:
             return await work
         task = asyncio.ensure_future(work)
+        giving_up = self._giving_up = asyncio.get_running_loop().create_future()
         try:
             while not task.done():
                 if encoding.done():
                     encoding.result()
                     return await task
-                await asyncio.wait((task, encoding), return_when=asyncio.FIRST_COMPLETED)
+                if giving_up.done():
+                    raise giving_up.result()
+                await asyncio.wait((task, encoding, giving_up), return_when=asyncio.FIRST_COMPLETED)
             return task.result()
         finally:
+            self._giving_up = None
             await _end(task)
+
+    def give_up_instance(self, error: InstanceLostError) -> bool:
+        """End what waits for the language instance as if it was lost; return False if nothing does."""
+        if self._giving_up is None or self._giving_up.done():
+            return False
+        self._giving_up.set_result(error)
+        return True
 
     def chunks_unless_encoding_fails(self, call: Call) -> Callable[[], Awaitable[bytes]]:
         """Return what gives the next chunk of a stream; it raises the encoders' error if encoding fails first."""

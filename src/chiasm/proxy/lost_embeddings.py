@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,7 +30,7 @@ from chiasm.proxy.media import Item
 from chiasm.proxy.metrics import Metrics
 from chiasm.proxy.places import Places
 from chiasm.proxy.stored_embeddings import StoredEmbeddings
-from chiasm.proxy.upstream import Upstream, UpstreamError
+from chiasm.proxy.upstream import InstanceLostError, Upstream, UpstreamError
 from chiasm.tasks import end_tasks
 from chiasm.wire import AWAITED_PATH, UNREADABLE, AwaitedEmbeddings, ECPlace
 
@@ -49,6 +49,8 @@ _SURELY_LOST_SECONDS = 5.0
 instance that asks it for an embedding, or the instance gives up."""
 _MOST_IN_VAIN = 16
 """How often in a row images are encoded again although the instance read none of them."""
+_CUT_OFF_IN_VAIN = 4
+"""The same before another language instance gets the request, if there is one: this one may reach no encoder."""
 _MAX_RESPONSE_BYTES = 8 << 20
 _awaited = msgspec.json.Decoder(AwaitedEmbeddings)
 
@@ -119,6 +121,7 @@ class LostEmbeddings:
         in_vain = 0
         lost_at: dict[str, list[ECPlace]] = {}
         """Where the encoders are at which embeddings were lost, each time."""
+        given_up: set[Instance] = set()
         seconds = _FIRST_WAIT_SECONDS
         while not await _is_read_within(job, seconds):
             lost = await self._lost(job)
@@ -134,6 +137,11 @@ class LostEmbeddings:
             _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
             if in_vain > _MOST_IN_VAIN:
                 raise _lost_for_good(in_vain)
+            if in_vain >= _CUT_OFF_IN_VAIN and (instance := self._give_up(job, given_up)):
+                given_up.add(instance)
+                before, in_vain, seconds = frozenset(), 0, _FIRST_WAIT_SECONDS
+                lost_at.clear()
+                continue
             missing = lost
             # The instance may have had them from the shared cache, and couldn't read them.
             if in_vain == 1 or self._fleet.lacking(has_images=True):
@@ -148,6 +156,19 @@ class LostEmbeddings:
                 job.news_of_embeddings.clear()  # it is older than what has just been published
             before = lost
             seconds = min(in_vain * _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS)
+
+    def _give_up(self, job: Job, given_up: Collection[Instance]) -> Instance | None:
+        """Have another language instance get the request, if one is left; return the one that has it."""
+        instance = job.instance
+        if instance is None or not any(
+            one is not instance and one not in given_up for one in self._fleet.healthy(instance.role)
+        ):
+            return None
+        error = InstanceLostError("An instance got none of the embeddings that it needs from the encoders; try again.")
+        if instance in given_up or not job.give_up_instance(error):
+            return None
+        _log.warning("%s %s gets no embeddings; another one gets its request", instance.role, instance.url)
+        return instance
 
     async def _wait_for_freed(self, job: Job) -> None:
         """Watch over embeddings whose images were freed: they may still be where they were, or in the shared cache."""
