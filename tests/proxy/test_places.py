@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from msgspec.structs import replace
 
-from chiasm.proxy import places
+from chiasm.proxy import lost_embeddings, places
 from chiasm.wire import Costs, ECPlace, ImageCost
 
 from .conftest import Start, ask, image, image_bytes, listen, until_idle
@@ -89,6 +89,23 @@ async def test_a_request_goes_to_another_instance_if_the_first_reaches_no_encode
     assert (await front.post(ask(image(image_bytes())))).status == 200
     assert [len(one.received) for one in languages] == [1, 1]
     await until_idle(front)
+
+
+async def test_a_request_goes_to_another_instance_if_what_is_on_its_way_to_the_first_never_arrives(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_embeddings, "_CUT_OFF_IN_ALL", 2)
+    e, languages = encoder(), [pd(), pd()]
+
+    async def cut_off(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
+        while True:  # every second question finds it on its way
+            instance.awaited = [] if instance.awaited else received.identifiers
+            await instance.asked.acquire()
+
+    once(cut_off, when_told(), *languages)
+    front = await start([e, *languages])
+    assert (await front.post(ask(image(image_bytes())))).status == 200
+    assert [len(one.received) for one in languages] == [1, 1]
 
 
 async def test_a_pd_is_told_the_place_before_an_image_is_encoded(start: Start) -> None:

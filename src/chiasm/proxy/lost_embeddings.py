@@ -51,6 +51,8 @@ _MOST_IN_VAIN = 16
 """How often in a row images are encoded again although the instance read none of them."""
 _CUT_OFF_IN_VAIN = 4
 """The same before another language instance gets the request, if there is one: this one may reach no encoder."""
+_CUT_OFF_IN_ALL = 8
+"""How often one embedding is lost before that, also if it was on its way in between: its bytes may never arrive."""
 _MAX_RESPONSE_BYTES = 8 << 20
 _awaited = msgspec.json.Decoder(AwaitedEmbeddings)
 
@@ -137,7 +139,9 @@ class LostEmbeddings:
             _log.info("%s: %d embedding(s) were lost before they were read.", job.exchange.request_id, len(lost))
             if in_vain > _MOST_IN_VAIN:
                 raise _lost_for_good(in_vain)
-            if in_vain >= _CUT_OFF_IN_VAIN and (instance := self._give_up(job, given_up)):
+            most_lost = max(map(len, lost_at.values()), default=0)
+            is_cut_off = in_vain >= _CUT_OFF_IN_VAIN or most_lost >= _CUT_OFF_IN_ALL
+            if is_cut_off and (instance := self._give_up(job, given_up)):
                 given_up.add(instance)
                 before, in_vain, seconds = frozenset(), 0, _FIRST_WAIT_SECONDS
                 lost_at.clear()
