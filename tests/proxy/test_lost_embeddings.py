@@ -249,24 +249,40 @@ async def test_decode_gets_a_lost_embedding_again(start: Start, stream: bool) ->
     await until_idle(front)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_decode_gets_an_embedding_again_that_is_lost_after_prefill_has_answered(
-    start: Start, stream: bool
-) -> None:
-    """Prefill had the image's prefix in its cache, and answered before the encoder."""
-    encoder, p, d = recomputing_fleet()
-    lose(encoder, d, decode_of_vllm, times=2)
+def lose_late(encoder: FakeInstance, decode: FakeInstance, *, times: int) -> None:
+    """Have embeddings get lost that are published after prefill has answered, since it had the image's prefix in its cache."""
+    lose(encoder, decode, decode_of_vllm, times=times)
     publish = encoder.answer
 
     async def publish_late(instance: FakeInstance, request: web.Request, received: Received) -> web.StreamResponse:
         if len(instance.received) == 1:
-            await d.arrived.acquire()
+            await decode.arrived.acquire()
         return await publish(instance, request, received)
 
     encoder.answer = publish_late
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_decode_gets_an_embedding_again_that_is_lost_after_prefill_has_answered(
+    start: Start, stream: bool
+) -> None:
+    encoder, p, d = recomputing_fleet()
+    lose_late(encoder, d, times=2)
     front = await start([encoder, p, d])
     assert (await front.post(ask(image(image_bytes()), stream=stream))).status == 200
     assert [len(one.received) for one in (encoder, p, d)] == [3, 1, 1]
+    await until_idle(front)
+
+
+async def test_an_embedding_that_stays_lost_after_prefill_has_answered_ends_the_request(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_embeddings, "_MOST_IN_VAIN", 2)
+    encoder, p, d = recomputing_fleet()
+    lose_late(encoder, d, times=1000)
+    front = await start([encoder, p, d])
+    answer = await front.post(ask(image(image_bytes())))
+    assert answer.error["code"] == "embedding_lost"
     await until_idle(front)
 
 

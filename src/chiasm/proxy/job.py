@@ -110,7 +110,7 @@ class Job:
         self.embeddings_are_read = False
         """Whether the answer has begun: the instance has all embeddings."""
         self.fails_with_encoding = True
-        """Whether an encoder's error ends it before its answer has begun."""
+        """Whether an image that can't be encoded ends it. An embedding that is awaited and lost for good does in any case."""
         self.original: Original | None = None
         """Kept until the answer begins if an instance could still have to give it that gets another body: one that encodes
         itself, or one that doesn't."""
@@ -231,16 +231,15 @@ class Job:
         Once the answer has begun, nothing needs the encoders any more, so their errors end nothing.
         """
         encoding = self.encoding
-        if encoding is None or self.embeddings_are_read or not self.fails_with_encoding:
-            return await work
-        if encoding.done() and encoding.exception() is None:
+        if encoding is None or self.embeddings_are_read or (encoding.done() and encoding.exception() is None):
             return await work
         task = asyncio.ensure_future(work)
         giving_up = self._giving_up = asyncio.get_running_loop().create_future()
         try:
             while not task.done():
                 if encoding.done():
-                    encoding.result()
+                    if self.fails_with_encoding or self.is_encoded:
+                        encoding.result()
                     return await task
                 if giving_up.done():
                     raise giving_up.result()
