@@ -54,6 +54,12 @@ class TestKeys:
         assert (await front.post(ask("x", image(await images(image_bytes()))), **RIGHT)).status == 200
         assert [one.headers["Authorization"] for one in front.instances[1].received] == [RIGHT["Authorization"]]
 
+    async def test_a_key_may_come_as_clients_of_anthropic_send_it(self, start: Start) -> None:
+        front = await start([FakeInstance("pd")], http=HttpConfig(api_key=(KEY,)))
+        assert (await front.post(ask("x"), **{"X-Api-Key": KEY})).status == 200
+        assert (await front.post(ask("x"), **{"X-Api-Key": KEY, **WRONG})).status == 401
+        assert [one.headers["Authorization"] for one in front.instances[0].received] == [RIGHT["Authorization"]]
+
     @pytest.mark.parametrize(
         ("keys", "here", "elsewhere", "with_the_admin_key"),
         [

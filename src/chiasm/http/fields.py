@@ -9,11 +9,16 @@ from starlette.types import Scope
 
 
 class Fields(Headers):
-    """Starlette's headers of a request, with an index of the first value of each name."""
+    """Starlette's headers of a request, with an index of the first value of each name.
+
+    A key in ``X-Api-Key`` is found as the bearer token of ``Authorization``, unless there is one.
+    """
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(raw=scope["headers"])
         self._first = dict(reversed(self._list))
+        if (key := self._first.get(b"x-api-key")) is not None:  # so clients of Anthropic send it
+            self._first.setdefault(b"authorization", b"Bearer " + key)
 
     def __getitem__(self, key: str) -> str:
         return self._first[key.lower().encode("latin-1")].decode("latin-1")
