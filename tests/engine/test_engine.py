@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chiasm.ec_transfer import ECTransferConfig, ECTransferRole
 from chiasm.ec_transfer.base import FROM_MEMORY
+from chiasm.engine import EngineConfig, create_engine
 from chiasm.engine.attention import AttentionStep
 from chiasm.engine.block_manager import BlockHasher
 from chiasm.engine.core_sharing import Worker
@@ -655,6 +656,13 @@ def test_a_kv_cache_that_does_not_fit_is_refused_at_start(start: Start) -> None:
         start(Role.AGGREGATED, kv_cache_bytes=1 << 50)
     with pytest.raises(ConfigurationError, match="lower --max-model-len or raise --kv-cache-bytes"):
         start(Role.AGGREGATED, kv_cache_bytes=1 << 20, max_model_len=4096)
+
+
+def test_default_sampling_out_of_range_is_refused_at_start(checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"top_p": 0}')
+    with pytest.raises(ConfigurationError, match=r"generation_config.json: top_p must be above 0"):
+        create_engine(EngineConfig(model, Role.AGGREGATED))
 
 
 async def test_stopping_ends_running_requests_with_an_error(start: Start) -> None:

@@ -9,6 +9,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 
@@ -32,14 +34,14 @@ from chiasm.engine.inbox import Abort, Arrival, GiveBack, Inbox, Question, Signa
 from chiasm.engine.kv_transfers import KVTransfers
 from chiasm.engine.local_encoder import LocalEncoder
 from chiasm.engine.model_runner import ModelRunner
-from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Output
+from chiasm.engine.request import MAX_CHOICES, EngineStats, GenerateRequest, Output, SamplingParams
 from chiasm.engine.request_state import RequestState, hash_tokens
 from chiasm.engine.scheduler import Scheduler, SchedulerConfig
 from chiasm.engine.step_loop import StepLoop
-from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.errors import ChiasmError, ConfigurationError, InvalidRequestError
 from chiasm.kv_transfer import KVConnector, KVConnectorFactory, KVConnectorRole, KVTransferConfig, KVTransferRole
 from chiasm.models import load_language, load_vision
-from chiasm.models.base import LanguageModel
+from chiasm.models.base import LanguageModel, Processor
 from chiasm.models.products import MakeProduct, product
 from chiasm.models.zendnn import product_of_zendnn
 from chiasm.wire import ECPlace, Role
@@ -71,6 +73,7 @@ class LanguageEngine(Engine):
                 "EngineConfig.kv is for prefill and decode engines; they need it, and others must not have it."
             )
         super().__init__(config)
+        _check_default_sampling(config.model, self.processor)
         self._inbox = Inbox()
         self._thread: threading.Thread | None = None
         self._kv_transfers: KVTransfers | None = None
@@ -317,3 +320,12 @@ class LanguageEngine(Engine):
 
     def outstanding_seconds(self) -> float:
         return 0.0 if self._thread is None else self._loop.unfinished_seconds()
+
+
+def _check_default_sampling(model: Path, processor: Processor) -> None:
+    """Raise ConfigurationError if requests that leave sampling to the checkpoint would be refused."""
+    values: dict[str, Any] = dict(processor.default_sampling)
+    try:
+        SamplingParams(**values)
+    except InvalidRequestError as error:
+        raise ConfigurationError(f"{model / 'generation_config.json'}: {error.message} Correct it.") from error
