@@ -80,7 +80,7 @@ class BoundedProcess:
             self.end()  # it was killed while it had nothing to do
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, *self._arguments],
+                [sys.executable, "-P", *self._arguments],  # nothing is imported from the working directory
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ MAX_GRAMMAR_BYTES = 512 << 10
 """Size of a grammar's text; a larger one is refused."""
 MAX_COMPILE_SECONDS = 5.0
 """CPU time for compiling a grammar."""
-MAX_MASK_SECONDS = 0.05
+MAX_MASK_SECONDS = 0.1
 """CPU time for finding which tokens may come next. All sequences of a step wait for it."""
 _MAX_CACHED = 16
 _MAX_CACHED_BYTES = 4 << 20
