@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -186,6 +187,13 @@ class LanguageModel(Peer):
         for item in request.items:
             self.memory.pop(item.identifier, None)
         self.scheduler.request_finished(request)
+
+    @property
+    def holders(self) -> Collection[ECPlace]:
+        """The encoders that it has met or is meeting."""
+        assert isinstance(self.scheduler, PeerConnector)
+        assert self.scheduler._reader is not None
+        return self.scheduler._reader._holders.keys()
 
     def _is_expected(self, item: Item) -> bool:
         assert isinstance(self.scheduler, PeerConnector)

@@ -110,6 +110,23 @@ def test_an_encoder_that_is_stopped_before_it_is_met_is_given_up(
     process.check_all_is_free()
 
 
+@pytest.mark.parametrize("seconds", [3600.0, 0.0])
+def test_what_is_wanted_of_an_encoder_that_is_being_met_is_coming_for_a_while(
+    process: EncoderProcess, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """On a slow link the proxy asks before the encoder can have answered."""
+    monkeypatch.setattr(reader, "_MEETING_SECONDS", seconds)
+    process.encode("cat")
+    request = model.admit("r", "cat")
+    with stopped(process):
+        model.scheduler.expect({CAT: process.place})
+        holders = model.holders
+        assert eventually(lambda: process.place in holders)
+        assert model.scheduler.is_coming(CAT) is (seconds > 0)
+    model.load(request)
+    assert holds(model, "cat")
+
+
 def test_what_is_wanted_of_an_encoder_that_is_stopped_comes_from_elsewhere(
     process: EncoderProcess, other: Encoder, model: LanguageModel
 ) -> None:

@@ -41,6 +41,8 @@ MAX_HOLDERS = 256
 MAX_READING = 2
 """Embeddings that are read at the same time."""
 _MAX_CONNECTING = 16
+_MEETING_SECONDS = 1.0
+"""So long at most, what is wanted of a holder that is being met counts as coming: it can't have said yet that it has it."""
 _SLOWEST_BYTES_PER_SECOND = 10e6
 _NO_ANSWER = f"it did not answer within {ANSWER_SECONDS:g} seconds"
 _DECODER: msgspec.msgpack.Decoder[HolderMessage] = msgspec.msgpack.Decoder(HolderMessage)
@@ -60,6 +62,7 @@ class _Holder:
     unanswered: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     """What ends the connection unless a grant is answered in time, by identifier."""
     num_reads: int = 0
+    met_at: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         return f"{self.place.engine_id} at {self.place.host}:{self.place.port}"
@@ -89,6 +92,8 @@ class Reader:
         self._lock = threading.Lock()  # guards the table
         self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"], row_bytes=row_bytes)
         self._holders: dict[ECPlace, _Holder] = {}  # the least recently used comes first
+        self._silent_until: dict[ECPlace, float] = {}
+        """Until when holders that have said nothing yet can't have answered what they were asked first. Guarded like the table."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed: asyncio.Future[None]
         """Done when memory may be free again, or when somebody who waits for it should look again why."""
@@ -125,7 +130,10 @@ class Reader:
 
     def is_coming(self, identifier: str) -> bool:
         with self._lock:
-            return self._table.is_coming(identifier)
+            if self._table.is_coming(identifier):
+                return True
+            now = time.monotonic()
+            return any(now < self._silent_until.get(place, now) for place in self._table.places_of(identifier))
 
     def take(self, identifier: str) -> Arrived | None:
         with self._changing() as table:
@@ -299,6 +307,8 @@ class Reader:
             self._disconnect(other)  # nothing is lost: it may have what is expected there
         holder = _Holder(place)
         self._holders[place] = holder
+        with self._lock:
+            self._silent_until[place] = holder.met_at + _MEETING_SECONDS
         holder.task = self._start(holder, self._converse(holder))
         return holder
 
@@ -322,6 +332,9 @@ class Reader:
             for message in holder.unsent:
                 channel.send(message)
             holder.unsent.clear()
+            now = time.monotonic()
+            with self._lock:  # an answer takes less time than the greeting has taken
+                self._silent_until[place] = min(2 * now - holder.met_at, self._silent_until[place])
             while True:
                 message = await channel.receive()
                 if holder.lost:  # what came before counts no more
@@ -336,6 +349,8 @@ class Reader:
     def _hear(self, holder: _Holder, message: HolderMessage) -> None:
         if isinstance(message, Welcome):
             raise ChannelClosed("it said welcome twice")
+        with self._lock:
+            self._silent_until.pop(holder.place, None)
         timer = holder.unanswered.pop(message.identifier, None)
         if timer is not None:
             timer.cancel()
@@ -371,6 +386,8 @@ class Reader:
         holder.lost = True
         if self._holders.get(holder.place) is holder:
             del self._holders[holder.place]
+            with self._lock:
+                self._silent_until.pop(holder.place, None)
         for timer in holder.unanswered.values():
             timer.cancel()
         if holder.channel is not None:

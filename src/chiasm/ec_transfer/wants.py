@@ -10,7 +10,7 @@ What a place is told is collected in ``take_sends``, and what is to be read from
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -166,6 +166,11 @@ class WantTable(Generic[EntryT]):
         if item is None:
             return False
         return item.stage is not Stage.WAITING or any(here is not None for here in item.places.values())
+
+    def places_of(self, identifier: str) -> Collection[ECPlace]:
+        """Return the places at which an entry is wanted that isn't ready."""
+        item = self._intake.get(identifier)
+        return () if item is None else item.places.keys()
 
     def ready(self, identifier: str) -> EntryT | None:
         """Return the entry if it is ready."""
