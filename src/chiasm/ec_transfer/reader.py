@@ -93,7 +93,7 @@ class Reader:
         self._table: WantTable[Arrived] = WantTable(capacity_bytes, terms.values["fingerprint"], row_bytes=row_bytes)
         self._holders: dict[ECPlace, _Holder] = {}  # the least recently used comes first
         self._silent_until: dict[ECPlace, float] = {}
-        """Until when holders that have said nothing yet can't have answered what they were asked first. Guarded like the table."""
+        """Until when holders that have said nothing can't have answered what they were asked first. Guarded like the table."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._freed: asyncio.Future[None]
         """Done when memory may be free again, or when somebody who waits for it should look again why."""
