@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.running import CHIASM
+from tests.cli.running import CHIASM, default_signals
 
 CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 
@@ -22,7 +22,11 @@ def test_a_signal_during_the_start_ends_the_first_process(number: signal.Signals
     options = tmp_path / "options.yaml"
     os.mkfifo(options)
     command = [*CONTAINER, *CHIASM, "proxy", "--config", str(options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as container:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        preexec_fn=default_signals,  # noqa: PLW1509 - it only sets signals
+    ) as container:
         try:
             with options.open("w"):  # the command reads its options now, and goes on reading
                 (first,) = psutil.Process(container.pid).children()
