@@ -20,7 +20,7 @@ from PIL import Image
 
 from chiasm.http.listen import bind, url_of
 from chiasm.media import MediaConfig
-from chiasm.proxy import ProxyConfig, job
+from chiasm.proxy import ProxyConfig, job, service
 from chiasm.proxy.app import create_app
 from chiasm.proxy.process import create_server
 from chiasm.proxy.service import ProxyService
@@ -106,11 +106,16 @@ class Answer:
 
 
 Start = Callable[..., Awaitable[Front]]
+PATIENCE_SECONDS = 20.0
 
 
 @pytest.fixture
-async def start() -> AsyncIterator[Start]:
-    """``await start([encoder, pd], …)`` runs a proxy in front of these instances until the end of the test."""
+async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """``await start([encoder, pd], …)`` runs a proxy in front of these instances until the end of the test.
+
+    It has probed all of them when it starts, however busy the machine is.
+    """
+    monkeypatch.setattr(service, "_FIRST_PROBE_SECONDS", PATIENCE_SECONDS)
     async with AsyncExitStack() as stack:
 
         async def start_one(
@@ -135,9 +140,9 @@ async def start() -> AsyncIterator[Start]:
                 "probe_interval_seconds": 0.05,
                 "deadline_seconds": 60.0,
                 # All of them, and the client, share one event loop, which is busy for seconds on a busy machine.
-                "connect_timeout_seconds": 20.0,
-                "probe_timeout_seconds": 20.0,
-                "busy_probe_timeout_seconds": 20.0,
+                "connect_timeout_seconds": PATIENCE_SECONDS,
+                "probe_timeout_seconds": PATIENCE_SECONDS,
+                "busy_probe_timeout_seconds": PATIENCE_SECONDS,
                 "shutdown_timeout_seconds": 2.0,
                 "wait_for_instance_seconds": 0.0,
             }
