@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chiasm.ec_transfer import ECTransferRole
+from chiasm.ec_transfer import ECTransferRole, reader
 from chiasm.ec_transfer.stores import guard, recovery, redis
 
 from .instance import Instance, config_for
@@ -16,6 +16,12 @@ def stores_are_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_CONNECT_SECONDS", "_CALL_SECONDS", "_WRITE_SECONDS"):
         monkeypatch.setattr(redis, name, 30.0)
     monkeypatch.setattr(recovery, "_SECONDS", 30.0)
+
+
+@pytest.fixture(autouse=True)
+def holders_answer_when_they_are_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no holder has said that it has is not coming, also while one is being met."""
+    monkeypatch.setattr(reader, "_MEETING_SECONDS", 0.0)
 
 
 @pytest.fixture
