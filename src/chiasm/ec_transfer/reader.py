@@ -62,7 +62,6 @@ class _Holder:
     unanswered: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
     """What ends the connection unless a grant is answered in time, by identifier."""
     num_reads: int = 0
-    met_at: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         return f"{self.place.engine_id} at {self.place.host}:{self.place.port}"
@@ -308,7 +307,7 @@ class Reader:
         holder = _Holder(place)
         self._holders[place] = holder
         with self._lock:
-            self._silent_until[place] = holder.met_at + _MEETING_SECONDS
+            self._silent_until[place] = time.monotonic() + _MEETING_SECONDS
         holder.task = self._start(holder, self._converse(holder))
         return holder
 
@@ -316,7 +315,7 @@ class Reader:
         """Connect to a holder, reach its memory, and hear what it says until the connection ends."""
         if len(self._holders) > MAX_HOLDERS:
             raise TransferError(f"embeddings come from {MAX_HOLDERS} encoders already")
-        place = holder.place
+        place, began = holder.place, time.monotonic()
         peer = Peer(place.host, place.port)
         channel = await open_channel(peer, place.engine_id, self._terms, _DECODER, ANSWER_SECONDS)
         try:
@@ -334,7 +333,7 @@ class Reader:
             holder.unsent.clear()
             now = time.monotonic()
             with self._lock:  # an answer takes less time than the greeting has taken
-                self._silent_until[place] = min(2 * now - holder.met_at, self._silent_until[place])
+                self._silent_until[place] = min(2 * now - began, self._silent_until[place])
             while True:
                 message = await channel.receive()
                 if holder.lost:  # what came before counts no more

@@ -168,7 +168,7 @@ class WantTable(Generic[EntryT]):
         return item.stage is not Stage.WAITING or any(here is not None for here in item.places.values())
 
     def places_of(self, identifier: str) -> Collection[ECPlace]:
-        """Return the places at which an entry is wanted that isn't ready."""
+        """Return the places from which a wanted entry may come."""
         item = self._intake.get(identifier)
         return () if item is None else item.places.keys()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from chiasm.bounded_process import BoundedProcess, ProcessEndedError
-from chiasm.engine.grammar_process import Names, Order, compiled
+from chiasm.engine.grammar_process import Names, Order, compiled, tokenizer_of
 from chiasm.errors import Code, InvalidRequestError
 from chiasm.models.token_bytes import token_bytes_of
 
@@ -152,8 +152,7 @@ class GrammarCompiler:
         self._processor = processor
         self._lock = threading.Lock()  # of the cache and the processes
         self._making_tokenizer = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
-        self._names: Names | None = None
+        self._tokenizer: tuple[LLTokenizer, Names] | None = None
         self._closers = Closers(processor)
         self._cache: OrderedDict[str, Grammar | _Refusal] = OrderedDict()
         self._cached_bytes = 0
@@ -247,16 +246,10 @@ class GrammarCompiler:
 
     def _llguidance_tokenizer(self) -> tuple[LLTokenizer, Names]:
         with self._making_tokenizer:
-            if self._tokenizer is None or self._names is None:
-                from llguidance import LLTokenizer, TokenizerWrapper
-
+            if self._tokenizer is None:
                 vocabulary = _Vocabulary(self._processor)
-                # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which
-                # all streams would wait.
-                bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends, slices=[])
-                self._tokenizer = bare.with_slices(LLTokenizer.general_slices())
-                self._names = vocabulary.names
-            return self._tokenizer, self._names
+                self._tokenizer = tokenizer_of(vocabulary, vocabulary.ends), vocabulary.names
+            return self._tokenizer
 
 
 class _Vocabulary:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,16 @@ class Order(msgspec.Struct):
 
     grammar: str
     names: Names
+
+
+def tokenizer_of(vocabulary: object, ends: Sequence[int]) -> LLTokenizer:
+    """Return llguidance's tokenizer of a vocabulary in the form that it reads, whose tokens ``ends`` end an answer."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    # In two steps, and not from the tokenizer's JSON: llguidance holds the interpreter's lock meanwhile, for which all streams
+    # of an instance would wait.
+    bare = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=list(ends), slices=[])
+    return bare.with_slices(LLTokenizer.general_slices())
 
 
 def compiled(tokenizer: LLTokenizer, source: str) -> LLMatcher:
@@ -79,10 +90,7 @@ class _Vocabulary:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(names: Names) -> LLTokenizer:
-    from llguidance import LLTokenizer, TokenizerWrapper
-
-    bare = LLTokenizer(TokenizerWrapper(_Vocabulary(names)), eos_token=list(names.ends), slices=[])
-    return bare.with_slices(LLTokenizer.general_slices())
+    return tokenizer_of(_Vocabulary(names), names.ends)
 
 
 def _try(order: memoryview) -> tuple[()]:

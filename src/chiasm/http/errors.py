@@ -52,9 +52,8 @@ def error_headers(error: ChiasmError) -> list[tuple[str, str]]:
     if isinstance(error, UnsupportedMediaTypeError):
         return [("accept", "application/json"), ("accept-encoding", ", ".join(ACCEPTED))]
     if isinstance(error, NotServedError | DeadlineExceededError):
-        return [
-            ("x-should-retry", "false")
-        ]  # clients of OpenAI and Anthropic repeat what got 5xx, which here costs as much again
+        # Clients of OpenAI and Anthropic repeat what got 5xx, which here costs as much again.
+        return [("x-should-retry", "false")]
     if error.code == Code.STOPPING:
         return [("retry-after", "1"), ("connection", "close")]
     if isinstance(error, OverloadedError):
