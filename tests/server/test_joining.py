@@ -29,6 +29,13 @@ class Proxies:
         """Set when a call waits at the proxy with this address."""
         self.calls: list[str] = []
         """The addresses that were called."""
+        self.granted = asyncio.Semaphore(0)
+        """Released with each lease that is granted, before the answer is sent."""
+        self.answers = asyncio.Event()
+        """While it is clear, no answer is sent."""
+        self.answers.set()
+        self.left: list[str] = []
+        """The addresses at which a lease was given back."""
 
     @property
     def url(self) -> str:
@@ -39,9 +46,15 @@ class Proxies:
         assert request.transport is not None
         address = request.transport.get_extra_info("sockname")[0]
         self.calls.append(address)
-        if msgspec.json.decode(await request.read(), type=Lease).waits:
+        lease = msgspec.json.decode(await request.read(), type=Lease)
+        if lease.leaves:
+            self.left.append(address)
+        elif lease.waits:
             self.held[address].set()
             await asyncio.Event().wait()
+        else:
+            self.granted.release()
+            await self.answers.wait()
         return web.Response(body=msgspec.json.encode(LeaseAnswer(state="healthy")))
 
 
@@ -110,6 +123,15 @@ async def test_a_lease_is_kept_while_dns_flaps_answers_nothing_or_fails(proxies:
         await proxies.held[TWO].wait()
     assert sorted(proxies.calls) == [ONE, ONE, TWO, TWO]  # no call has been broken off and repeated
     await joiner.close()
+
+
+async def test_a_lease_is_given_back_that_was_granted_without_an_answer_yet(proxies: Proxies) -> None:
+    proxies.answers.clear()
+    joiner = Joiner([proxies.url], None, lease, lookup=Names([ONE]))
+    joiner.start()
+    await asyncio.wait_for(proxies.granted.acquire(), 60)
+    await joiner.close()
+    assert proxies.left == [ONE]
 
 
 async def test_a_name_that_nobody_answers_keeps_an_instance_from_no_other_proxy(proxies: Proxies) -> None:

@@ -157,6 +157,8 @@ class _Line:
         self.changed = asyncio.Event()
         self.is_held = False
         """Whether the proxy has granted the lease, as far as is known."""
+        self._may_be_held = False
+        """Whether it may have granted it: it was asked, and its answer hasn't come."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -172,9 +174,9 @@ class _Line:
                 _log.warning("The proxy %s could not be told: %s", self._name, error)
 
     async def leave(self) -> None:
-        """Give the lease back, if it is held."""
-        if self.is_held:
-            self.is_held = False
+        """Give the lease back, if it is or may be held."""
+        if self.is_held or self._may_be_held:
+            self.is_held = self._may_be_held = False
             await self._call(replace(self._describe(), leaves=True))
 
     async def _run(self) -> None:
@@ -211,6 +213,7 @@ class _Line:
 
     async def _renew(self, *, waits: bool = False) -> None:
         self.changed.clear()
+        self._may_be_held = True
         lease = replace(self._describe(), waits=waits)
         answer = await self._call(lease)
         is_fault = bool(answer.reason) and lease.status == "ok" and answer.state != DRAINING
@@ -256,6 +259,7 @@ class _Line:
     def _note(self, is_held: bool, text: str, level: int = logging.WARNING) -> None:
         """Note whether the lease is held; log what is new."""
         self.is_held = is_held
+        self._may_be_held = False
         if text != self._told:
             self._told = text
             _log.log(level, "The proxy %s (%s) %s", self._name, self._url, text)
