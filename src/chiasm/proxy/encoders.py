@@ -350,7 +350,7 @@ class Encoders:
         timing = response.timing
         encode_seconds = duration_of(timing, "encode")
         encoder_call = EncoderCall(
-            call.instance.address, call.started_at, now, response.headers.get("Server-Timing", "")
+            call.instance.address, call.started_at, now, response.headers.get("server-timing", "")
         )
         done = [flight for flight in call.flights if flight.item.identifier in published]
         missing = [flight for flight in call.flights if flight.item.identifier not in published]

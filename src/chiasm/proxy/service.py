@@ -126,7 +126,7 @@ class ProxyService:
         await self.leases.close()
         await self.router.close()
         await self.prober.close()
-        await self.upstream.close()
+        self.upstream.close()
         await self.memory.close()
         if self.tracing is not None:
             await self.tracing.close()

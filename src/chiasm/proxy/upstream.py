@@ -6,25 +6,25 @@ import asyncio
 import math
 import os
 import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
-import aiohttp
 import msgspec
-from aiohttp import hdrs
 
 from chiasm import __version__
 from chiasm.errors import ChiasmError, Code
 from chiasm.fleet_key import FleetKey
 from chiasm.http.body import joined
+from chiasm.http.client import HttpClient, NoConnectionError
+from chiasm.http.client_connection import NotHttpError, Response
 from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.timing import TimingEntry, read_timing
 from chiasm.http.vanished import break_if_vanished
 from chiasm.wire import CLIENT_HEADER, UNREADABLE, ErrorBody, ErrorDetail
 
-_PIECE_BYTES = 256 << 10
 _KEEP_ALIVE_SECONDS = 3.0
 """Shorter than uvicorn's default of 5 s, so that the proxy never sends on a connection that the instance is just closing."""
 _VANISHED_SECONDS = 8.0
@@ -178,7 +178,7 @@ class Line:
 class Call:
     """A call of an instance whose response has begun. Close it; closing it early cancels the request there."""
 
-    def __init__(self, response: aiohttp.ClientResponse, line: Line) -> None:
+    def __init__(self, response: Response, line: Line) -> None:
         self._response = response
         self._line = line
         self._is_broken_off = False
@@ -194,8 +194,8 @@ class Call:
     async def chunk(self) -> bytes:
         """Return what has arrived; empty at the end. Raises ResponseCutOffError."""
         try:
-            chunk = await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
+            chunk = await self._response.chunk()
+        except OSError as error:
             what = "An instance stopped responding" if self._is_broken_off else "The connection to an instance was lost"
             raise ResponseCutOffError(f"{what} in the middle of its answer; try again.") from error
         if chunk:
@@ -224,8 +224,7 @@ class Call:
     def close(self) -> None:
         """Give the connection back if the response was read to its end; otherwise close it."""
         self._line.leave(self)
-        if not self._response.closed:
-            self._response.close()
+        self._response.close()
 
     def _break_off(self) -> None:
         self._is_broken_off = True
@@ -246,20 +245,16 @@ class Upstream:
     def __init__(self, connect_timeout_seconds: float, fleet_key: FleetKey | None = None) -> None:
         """``fleet_key`` signs all calls except those that anybody may make."""
         self.fleet_key = fleet_key
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS, ttl_dns_cache=10, socket_factory=_make_socket
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_seconds),
-            headers={"Accept-Encoding": "identity", "User-Agent": f"chiasm/{__version__}"},
+        self._client = HttpClient(
+            connect_seconds=connect_timeout_seconds,
+            keep_seconds=_KEEP_ALIVE_SECONDS,
+            prepare=lambda made: break_if_vanished(made, _VANISHED_SECONDS),
+            headers={"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": f"chiasm/{__version__}"},
         )
         self._lines: dict[str, Line] = {}
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        self._client.close()
 
     def line(self, instance_url: str) -> Line:
         """Return the calls of the instance at this base URL."""
@@ -294,22 +289,14 @@ class Upstream:
         It counts as work of the instance unless another ``line`` is given.
         """
         line = self.line(instance_url) if line is None else line
-        sent = {**await self.signed(instance_url, "POST", path, body, headers), hdrs.CONTENT_TYPE: "application/json"}
-        is_small = len(body) <= _PIECE_BYTES
-        if not is_small:
-            sent[hdrs.CONTENT_LENGTH] = str(len(body))
+        sent = {**await self.signed(instance_url, "POST", path, body, headers), "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(None) as limit:
                 line.begin(limit, lambda: limit.reschedule(0))
-                response = await self._session.post(
-                    instance_url + path,
-                    data=body if is_small else _in_pieces(body),
-                    headers=sent,
-                    allow_redirects=False,
-                )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                response = await self._client.request("POST", instance_url + path, sent, body)
+        except NoConnectionError as error:
             raise UnreachableError("An instance is unreachable; try again.") from error
-        except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
+        except OSError as error:  # a TimeoutError is one
             what = "An instance stopped responding" if limit.expired() else "The connection to an instance was lost"
             raise InstanceLostError(f"{what} before it answered; try again.") from error
         finally:
@@ -334,11 +321,13 @@ class Upstream:
         try:
             async with asyncio.timeout(timeout_seconds) as limit:
                 line.begin(limit, lambda: limit.reschedule(0))
-                async with self._session.get(url, allow_redirects=False, headers=headers) as response:
-                    whole = await Call(response, Line()).read(max_bytes)
+                with Call(await self._client.request("GET", url, headers or {}), Line()) as call:
+                    whole = await call.read(max_bytes)
         except TimeoutError as error:
             raise NoResponseInTimeError("no connection in time") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise NoResponseInTimeError("no connection in time") from error
             raise InstanceLostError(_reason(error)) from error
         finally:
             line.leave(limit)
@@ -348,29 +337,18 @@ class Upstream:
 
 def _reason(error: Exception) -> str:
     """Return why a question has no answer, for the operator."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        fault = getattr(error.certificate_error, "verify_message", "") or "it is not valid"
+    if isinstance(error, NotHttpError):
+        return f"it does not answer in HTTP ({error}); name it https:// if it has a certificate"
+    if not isinstance(error, NoConnectionError):
+        return "the connection failed or was lost"
+    cause = error.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        fault = cause.verify_message or "it is not valid"
         return f"its certificate is not trusted ({fault}); name the authority that signed it in SSL_CERT_FILE"
-    if isinstance(error, aiohttp.ClientSSLError):
+    if isinstance(cause, ssl.SSLError):
         return "it does not speak TLS as https needs it; name it http:// if it has no certificate"
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
+    if isinstance(cause, socket.gaierror | UnicodeError):
         return "its host is not known to the name service"
-    if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None:
-        return f"no connection can be made: {os.strerror(error.errno)}"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "it does not answer in HTTP; name it https:// if it has a certificate"
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return f"no connection can be made: {os.strerror(cause.errno)}"
     return "the connection failed or was lost"
-
-
-def _make_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """Return a socket whose connection breaks when the other machine is gone, not only when it says so."""
-    family, kind, protocol, _, _ = address
-    made = socket.socket(family, kind, protocol)
-    break_if_vanished(made, _VANISHED_SECONDS)
-    return made
-
-
-async def _in_pieces(body: bytes) -> AsyncIterator[bytes]:
-    """Yield pieces, since a connection copies what it can't send at once."""
-    for start in range(0, len(body), _PIECE_BYTES):
-        yield body[start : start + _PIECE_BYTES]
