@@ -13,7 +13,7 @@ from chiasm.errors import ConfigurationError
 from chiasm.launch import DeploymentConfig, EngineKind, Layout, RoleConfig, arrangement, config, vllm
 from chiasm.launch.arrangement import Arrangement, arrange
 from chiasm.launch.gpus import Gpu
-from chiasm.launch.layout import cpu_pairs
+from chiasm.launch.layout import cpu_copies
 from chiasm.wire import Role
 
 E, PD, P, D, ALL = Role.ENCODER, Role.PD, Role.PREFILL, Role.DECODE, Role.AGGREGATED
@@ -83,10 +83,12 @@ def test_one_core_has_an_encoder_and_a_pd_with_a_thread_each(machine: Machine) -
 
 
 @pytest.mark.parametrize(
-    ("usable", "memory_bytes", "pairs"), [(1, 64 * GIB, 1), (2, 64 * GIB, 2), (64, 1 << 40, 2), (64, 20 * GIB, 1)]
+    ("usable", "memory_bytes", "copies"), [(1, 64 * GIB, 1), (2, 64 * GIB, 2), (64, 1 << 40, 2), (64, 20 * GIB, 1)]
 )
-def test_a_cpu_gets_as_many_pairs_as_its_cores_and_its_memory_hold(usable: int, memory_bytes: int, pairs: int) -> None:
-    assert cpu_pairs(usable, memory_bytes, 14 * GIB) == pairs
+def test_a_cpu_gets_as_many_copies_as_its_cores_and_its_memory_hold(
+    usable: int, memory_bytes: int, copies: int
+) -> None:
+    assert cpu_copies(usable, memory_bytes, 14 * GIB) == copies
 
 
 @pytest.mark.usefixtures("machine")
@@ -131,9 +133,9 @@ def test_wrong_sets_of_cores_are_refused(machine: Machine, text: str, message: s
 
 @pytest.mark.usefixtures("machine")
 def test_an_aggregated_instance_has_all_cores_and_several_share_them() -> None:
-    (alone,) = _arranged(layout=Layout.AGGREGATED).placements.values()
+    (alone,) = _arranged({ALL: 1}, layout=Layout.AGGREGATED).placements.values()
     assert (alone.threads, alone.core_share, alone.nice) == (2, "", 0)
-    several = _arranged({ALL: 2}, layout=Layout.AGGREGATED)
+    several = _arranged(layout=Layout.AGGREGATED)
     assert {(one.threads, one.core_share) for one in several.placements.values()} == {(2, "cores-0")}
     assert several.description.startswith("aggregated: 2 aggregated instances share 2 cores")
 
@@ -188,6 +190,8 @@ def test_over_vllm_an_encoder_and_a_pd_may_each_use_all_cores(
     arranged = _arranged(engine=EngineKind.VLLM)
     assert list(arranged.placements) == [(E, 0), (PD, 0)]
     assert [(one.threads, one.core_share, one.nice) for one in arranged.placements.values()] == [(4, "", 5), (4, "", 0)]
+    (alone,) = _arranged(engine=EngineKind.VLLM, layout=Layout.AGGREGATED).placements.values()
+    assert (alone.threads, alone.core_share, alone.nice) == (4, "", 0)
 
 
 # ---- on GPUs -----------------------------------------------------------------------------------------------------------

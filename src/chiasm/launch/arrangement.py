@@ -14,7 +14,7 @@ from chiasm.launch import vllm
 from chiasm.launch.config import DeploymentConfig, EngineKind, RoleConfig
 from chiasm.launch.devices import Placements, check_names, found_gpus, place, with_shares
 from chiasm.launch.gpus import Gpu
-from chiasm.launch.layout import Layout, cpu_pairs, in_words
+from chiasm.launch.layout import Layout, cpu_copies, in_words
 from chiasm.memory import free_memory
 from chiasm.models.checkpoint import config_if_readable, stored_bytes, stored_dtype
 from chiasm.wire import Role
@@ -266,13 +266,11 @@ def _default_counts(
     config: DeploymentConfig, layout: Layout, devices: Sequence[_Device], model_bytes: int
 ) -> dict[Role, int]:
     """Return how many instances each device gets."""
-    if layout is Layout.AGGREGATED:
-        return {Role.AGGREGATED: 1}
+    roles = (Role.AGGREGATED,) if layout is Layout.AGGREGATED else (Role.ENCODER, Role.PD)
     fewest = min(device.cores for device in devices)
     if not fewest or config.engine is EngineKind.VLLM:  # vLLM's threads don't make way for others
-        return {Role.ENCODER: 1, Role.PD: 1}
-    pairs = cpu_pairs(fewest, free_memory() // len(devices), model_bytes)
-    return {Role.ENCODER: pairs, Role.PD: pairs}
+        return dict.fromkeys(roles, 1)
+    return dict.fromkeys(roles, cpu_copies(fewest, free_memory() // len(devices), model_bytes))
 
 
 def _describe_shared(layout: Layout, each: Mapping[Role, int], words: str, devices: Sequence[_Device], why: str) -> str:

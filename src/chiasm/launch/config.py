@@ -112,8 +112,8 @@ class DeploymentConfig:
     layout: Annotated[
         Layout,
         Option(
-            "colocated: an encoder and a language model share each device; split: roles divide the devices; aggregated: one "
-            "instance on each device does everything; auto: colocated, unless you count or place roles, or the GPUs differ."
+            "colocated: an encoder and a language model share each device; split: roles divide the devices; aggregated: "
+            "instances on each device do everything; auto: colocated, unless you count or place roles, or the GPUs differ."
         ),
     ] = Layout.AUTO
     devices: Annotated[

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from chiasm.errors import ConfigurationError
 from chiasm.wire import Role
 
-_MOST_PAIRS = 2
-_PAIR_BYTES = 1 << 30
+_MOST_COPIES = 2
+_COPY_BYTES = 1 << 30
 """What an encoder and a language model take besides weights: two processes of 400 MiB, and the smallest useful caches."""
 _LANGUAGE = (Role.PD, Role.PREFILL, Role.DECODE)
 
@@ -24,16 +24,17 @@ class Layout(enum.StrEnum):
     SPLIT = "split"
     """The devices are divided among the roles."""
     AGGREGATED = "aggregated"
-    """On each device one instance that does everything."""
+    """On each device instances that do everything."""
 
 
-def cpu_pairs(cores: int, memory_bytes: int, model_bytes: int) -> int:
-    """Return how many encoders, each with a PD, share a CPU with this many cores unless a person says how many.
+def cpu_copies(cores: int, memory_bytes: int, model_bytes: int) -> int:
+    """Return how many copies of a model share a CPU with this many cores unless a person says how many.
 
-    ``memory_bytes`` is what is free there, ``model_bytes`` the size of all weights of the model in the instances' dtype.
+    A copy is an encoder with a PD, or an aggregated instance. ``memory_bytes`` is what is free there, ``model_bytes`` the size
+    of all weights of the model in the instances' dtype.
     """
-    fitting = memory_bytes // (model_bytes + _PAIR_BYTES)
-    return max(1, min(_MOST_PAIRS, cores, fitting))
+    fitting = memory_bytes // (model_bytes + _COPY_BYTES)
+    return max(1, min(_MOST_COPIES, cores, fitting))
 
 
 def even_shares(cores: int, number: int) -> list[int]:

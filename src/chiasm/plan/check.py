@@ -14,7 +14,7 @@ from chiasm.bench.goodput import Limits, Served, Trial, Trials, Verdict, in_time
 from chiasm.bench.goodput_options import AGGREGATED, COLOCATED, MOST_REPLICAS, REPLICAS, SPLIT
 from chiasm.bench.traffic import MIXES
 from chiasm.errors import ConfigurationError
-from chiasm.launch.layout import cpu_pairs
+from chiasm.launch.layout import cpu_copies
 from chiasm.memory import free_memory
 from chiasm.plan.costs import CostModel
 from chiasm.plan.devices import Cpu, Device
@@ -195,7 +195,7 @@ def compare(measured: Measured, shape: ModelShape, costs: CostModel, cpu: Cpu) -
 
 def arms_on(cpu: Cpu, shape: ModelShape) -> dict[str, Candidate]:
     """Return what the benchmark's deployments are on these cores, by their names there."""
-    pairs = cpu_pairs(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
+    pairs = cpu_copies(cpu.cores, free_memory(), shape.language_bytes + shape.vision_bytes)
     return {
         AGGREGATED: aggregated_on_cpu(cpu, 1),
         REPLICAS: aggregated_on_cpu(cpu, min(cpu.cores, MOST_REPLICAS), divided=True),
