@@ -67,3 +67,16 @@ def test_ranks_that_might_differ_in_the_order_of_modalities_are_refused(monkeypa
     )
     with pytest.raises(ConfigurationError, match="set PYTHONHASHSEED in its environment to a number"):
         _check(config)
+
+
+def test_pipeline_parallel_ranks_that_would_load_embeddings_are_refused() -> None:
+    """The answer to an image that can't be loaded would be about zeros."""
+    from chiasm.integrations.vllm.ec_connector import _check
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=2),
+        ec_transfer_config=SimpleNamespace(is_ec_producer=False, is_ec_consumer=True),
+    )
+    with pytest.raises(ConfigurationError, match="cannot load embeddings with --pipeline-parallel-size"):
+        _check(config)

@@ -248,6 +248,12 @@ def _check(vllm_config: Any) -> None:
             f"An encoder on {ranks} ranks needs the same order of Python's sets in all of them: set PYTHONHASHSEED in its "
             "environment to a number, such as 1 (`chiasm serve` does this)."
         )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.ec_transfer_config.is_ec_consumer:
+        # The first rank loads, and vLLM takes the report of the last one.
+        raise ConfigurationError(
+            "ChiasmECConnector cannot load embeddings with --pipeline-parallel-size, since nobody would hear of a load that "
+            "failed; use --tensor-parallel-size."
+        )
     if model_config.is_encoder_decoder:
         raise ConfigurationError("ChiasmECConnector cannot serve encoder-decoder models.")
     if model_config.multimodal_config is None:
