@@ -1,7 +1,8 @@
 """Calls of other servers, where every microsecond counts: HTTP/1.1 over connections that stay open.
 
-Of the CPU time that the proxy took for a text, half was aiohttp's client, and other libraries take as much (docs/measured.md). The
-calls of instances need little of what these can: no redirections, cookies, encodings or proxies. All other calls go by aiohttp.
+Of the CPU time that the proxy took for a text, half was aiohttp's client, and other libraries take as much (docs/measured.md).
+The calls of instances need little of what these can: no redirections, cookies, encodings or proxies. All other calls go by
+aiohttp.
 """
 
 from __future__ import annotations
