@@ -40,8 +40,8 @@ from chiasm.wire import ECPlace, Role
 _PATIENCE_SECONDS = 60.0
 _SIDE = 64
 """Of the images whose places embeddings take; it doesn't matter here."""
-_ROOM = 4
-"""Embeddings for which there is memory on either side."""
+_SENT_ROOM, _RECEIVED_ROOM = 16, 4
+"""Embeddings for which there is memory on either side. A quarter of what the encoder has may be used in place."""
 _KV_CACHE_BYTES = 256 << 20
 _END = b""
 _arrived = threading.Event()
@@ -135,13 +135,13 @@ def _encoder(plan: Plan, commands: Connection) -> None:
 
 
 def _config(plan: Plan, role: ECTransferRole, fingerprint: str = "", module: str | None = None) -> ECTransferConfig:
-    room = _ROOM * (plan.size_bytes + (1 << 20))
+    each = plan.size_bytes + (1 << 20)
     return ECTransferConfig(
         connector=plan.connector,
         connector_module_path=module,
         role=role,
-        max_bytes=room,
-        receive_bytes=room,
+        max_bytes=_SENT_ROOM * each,
+        receive_bytes=_RECEIVED_ROOM * each,
         fingerprint=fingerprint,
     )
 
