@@ -12,15 +12,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chiasm import cores
+from chiasm import control_groups, cores
 
 
+@pytest.mark.parametrize("group", ["/", "/system.slice/chiasm.service"], ids=["container", "service"])
 @pytest.mark.parametrize(("limit", "count"), [("100000 100000", 1), ("150000 100000", 2), ("max 100000", 8), ("?", 8)])
-def test_the_quota_of_a_container_limits_the_cores(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, count: int
+def test_the_quota_of_a_container_or_a_service_limits_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, count: int, group: str
 ) -> None:
-    (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr(cores, "_QUOTA", tmp_path / "cpu.max")
+    folder, own = tmp_path / "groups", tmp_path / "own"
+    (folder / group.lstrip("/")).mkdir(parents=True)
+    (folder / group.lstrip("/") / "cpu.max").write_text(limit)
+    own.write_text(f"0::{group}\n")
+    monkeypatch.setattr(control_groups, "_ROOT", folder)
+    monkeypatch.setattr(control_groups, "_OWN", own)
     monkeypatch.setattr(cores, "allowed_cpus", lambda: set(range(8)))
     assert cores.usable_cores() == count
 

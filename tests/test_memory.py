@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chiasm import memory
+from chiasm import control_groups, memory
 from chiasm.engine.device import check_memory
 from chiasm.errors import ConfigurationError
 from chiasm.launch.folders import LEAST_BYTES, memory_for_embeddings
@@ -17,15 +17,20 @@ from chiasm.launch.folders import LEAST_BYTES, memory_for_embeddings
 GIB = 1 << 30
 
 
-@pytest.fixture
-def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of a container that may take 4 GiB and has taken half a GiB, and as much for pages of files."""
-    folder = tmp_path / "cgroup"
-    folder.mkdir()
-    (folder / "memory.max").write_text(f"{4 * GIB}\n")
+def limit_to(folder: Path, num_bytes: int) -> None:
+    """Write the files of a group that may take so much and has taken half a GiB, and as much for pages of files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{num_bytes}\n")
     (folder / "memory.current").write_text(f"{GIB}\n")
     (folder / "memory.stat").write_text(f"anon {GIB // 2}\nactive_file {GIB // 4}\ninactive_file {GIB // 4}\n")
-    monkeypatch.setattr(memory, "_CGROUP", folder)
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of a container that may take 4 GiB."""
+    folder = tmp_path / "cgroup"
+    limit_to(folder, 4 * GIB)
+    monkeypatch.setattr(control_groups, "_ROOT", folder)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 256 * GIB}))
     return folder
 
@@ -36,6 +41,20 @@ def test_a_container_limits_the_free_memory_and_may_drop_pages_of_files(containe
     assert memory.free_memory() == 256 * GIB
     (container / "memory.max").unlink()
     assert memory.free_memory() == 256 * GIB
+
+
+@pytest.mark.parametrize("limited", ["system.slice/chiasm.service", "system.slice", "."])
+def test_a_service_has_the_free_memory_of_its_group_and_of_those_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limited: str
+) -> None:
+    own = tmp_path / "own"
+    own.write_text("1:name=systemd:/\n0::/system.slice/chiasm.service\n")
+    monkeypatch.setattr(control_groups, "_OWN", own)
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 256 * GIB}))
+    assert memory.free_memory() == 256 * GIB
+    limit_to(tmp_path / limited, 4 * GIB)
+    assert memory.free_memory() == 3.5 * GIB
 
 
 @pytest.mark.usefixtures("container")

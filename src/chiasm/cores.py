@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from chiasm.control_groups import control_groups
 from chiasm.errors import ConfigurationError
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CPUINFO = Path("/proc/cpuinfo")
 _NATIVE_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 _MOST_CPUS = 1 << 16
@@ -29,10 +29,10 @@ _AUTOGROUP_ATTEMPTS, _AUTOGROUP_SECONDS = 50, 0.1
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy: those that it may run on, limited by the CPU quota of its container."""
-    quota = _container_quota()
-    cores = len(allowed_cpus()) or os.cpu_count() or 1
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+    """Return how many cores this process may keep busy: those that it may run on, limited by the CPU quota of its container
+    or service."""
+    quotas = [math.ceil(quota) for group in control_groups() if (quota := _quota_of(group)) is not None]
+    return max(1, min([len(allowed_cpus()) or os.cpu_count() or 1, *quotas]))
 
 
 def allowed_cpus() -> set[int]:
@@ -193,10 +193,10 @@ def share_cores(threads: int | None, environment: MutableMapping[str, str] = os.
         environment.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def _container_quota() -> float | None:
-    """Return the CPU time that the Linux control group allows, in cores; None if it sets no limit."""
+def _quota_of(group: Path) -> float | None:
+    """Return the CPU time that a Linux control group allows, in cores; None if it sets no limit."""
     try:
-        limit, period = _QUOTA.read_text().split()
+        limit, period = (group / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         return None
