@@ -81,6 +81,18 @@ def test_a_process_that_was_killed_meanwhile_costs_no_order(process: BoundedProc
     assert process.ask(b"a", cpu_seconds=1.0) == b"echo a"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_asks_all_processes_of_a_service_to_end_costs_no_order(
+    process: BoundedProcess, number: signal.Signals
+) -> None:
+    process.ask(b"a", cpu_seconds=1.0)
+    pid = process.pid
+    assert pid is not None
+    os.kill(pid, number)
+    assert process.ask(b"a", cpu_seconds=1.0) == b"echo a"
+    assert process.pid == pid
+
+
 def test_cpu_time_of_earlier_orders_does_not_count(process: BoundedProcess) -> None:
     for _ in range(5):
         assert process.ask(b"work", cpu_seconds=0.5) == b"echo work"

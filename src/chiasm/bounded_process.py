@@ -112,7 +112,8 @@ def carry_out_orders(answer: Callable[[memoryview], Iterable[bytes]], more_bytes
     """
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the instance, which ends this process when it is done
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as from Ctrl-C, systemd or the end of a terminal
+        signal.signal(number, signal.SIG_IGN)  # they are for the instance, which ends this process when it is done
     source, target = sys.stdin.buffer, sys.stdout.buffer
     _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
     while len(header := source.read(struct.calcsize(_ORDER))) == struct.calcsize(_ORDER):

@@ -64,7 +64,7 @@ endpoint = Endpoint(stream, admission, Bounds(60, 1 << 20), on_start=check)
 app = Starlette(routes=[Route("/", endpoint, methods=["POST"]), Route("/go", let_go)])
 server = HttpServer(
     app, config, refusals, shutdown_timeout_seconds=float(sys.argv[1]), on_stop=stop, is_idle=lambda: not admission.requests,
-    interrupt_all=lambda: admission.interrupt_all(stopping),
+    interrupt_all=lambda: admission.interrupt_all(stopping), has_parent="has_parent" in sys.argv,
 )
 run(server, bind("127.0.0.1", 0), on_ready=lambda url: print(url, flush=True))
 print("ended", flush=True)
@@ -81,10 +81,10 @@ def _without_nohup() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def server(shutdown_timeout: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server whose stream ends when /go has been asked for; it must end quietly and with exit code 0."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, shutdown_timeout], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             assert process.stdout is not None
@@ -140,6 +140,34 @@ def test_a_second_signal_ends_a_stream_at_once_with_an_error() -> None:
         rest = "".join(chunks)
         assert '"code":"stopping"' in rest
         assert "[DONE]" not in rest
+
+
+def test_a_stream_ends_whole_if_its_server_gets_sigterm_from_systemd_and_from_its_parent() -> None:
+    with (
+        server(LONG, "has_parent") as (process, url),
+        httpx.stream("POST", url, content=b"x", timeout=60) as response,
+    ):
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(signal.SIGTERM)
+        assert is_stopping(process)
+        process.send_signal(signal.SIGTERM)
+        assert httpx.post(url, content=b"x", timeout=60).status_code == 503
+        httpx.get(f"{url}/go", timeout=60)
+        assert "".join(chunks) == "data: [DONE]\n\n"
+
+
+def test_a_parent_hurries_a_server_by_sigint() -> None:
+    with (
+        server(LONG, "has_parent") as (process, url),
+        httpx.stream("POST", url, content=b"x", timeout=60) as response,
+    ):
+        chunks = response.iter_text()
+        assert next(chunks) == "data: one\n\n"
+        process.send_signal(signal.SIGTERM)
+        assert is_stopping(process)
+        process.send_signal(signal.SIGINT)
+        assert '"code":"stopping"' in "".join(chunks)
 
 
 def test_a_stream_that_outlasts_the_timeout_ends_with_an_error() -> None:

@@ -48,12 +48,16 @@ class HttpServer(uvicorn.Server):
         on_stop: Callable[[], None],
         is_idle: Callable[[], bool],
         interrupt_all: Callable[[], None],
+        has_parent: bool = False,
     ) -> None:
         """``refusals`` counts connections and requests that are refused before the application sees them. Raises
         ConfigurationError for a certificate that can't be used.
 
         At the end ``on_stop`` is called at once: from then on the application refuses what is new. ``interrupt_all`` ends
-        what still runs when ``is_idle`` hasn't returned true within ``shutdown_timeout_seconds``, or at a second signal."""
+        what still runs when ``is_idle`` hasn't returned true within ``shutdown_timeout_seconds``, or at a second signal.
+
+        With ``has_parent`` a process of chiasm asks this one to end, by SIGTERM, and hurries it by SIGINT. Then SIGTERM counts
+        once: systemd sends it to all processes of a service, beside the parent."""
         self._connections = Connections(config, refusals)
         self._certificate = certificate_of(config)
         self._following: asyncio.Task[None] | None = None
@@ -80,6 +84,7 @@ class HttpServer(uvicorn.Server):
         self._on_stop = on_stop
         self._is_idle = is_idle
         self._interrupt_all = interrupt_all
+        self._has_parent = has_parent
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def stop(self) -> None:
@@ -148,12 +153,16 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         awaited = [one for one in _SIGNALS if one is not signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
         for number in awaited:
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._note_signal, number)
         try:
             yield
         finally:
             for number in awaited:
                 loop.remove_signal_handler(number)
+
+    def _note_signal(self, number: signal.Signals) -> None:
+        if not (self._has_parent and self.should_exit and number == signal.SIGTERM):
+            self.stop()
 
 
 def run(

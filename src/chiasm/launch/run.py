@@ -22,30 +22,42 @@ _KEPT_BYTES, _ARENAS = 64 << 20, 4
 """Preprocessing an image of 512 x 512 pixels uses 9 MB, and larger ones in proportion."""
 
 
-def run_instance(config: InstanceProcess) -> NoReturn:
-    """Run an instance. Raises ConfigurationError if it cannot be started."""
+def run_instance(config: InstanceProcess, *, has_parent: bool = False) -> NoReturn:
+    """Run an instance. Raises ConfigurationError if it cannot be started.
+
+    With ``has_parent`` a process of chiasm asks it to end.
+    """
     _begin(config, config.server.host, config.server.port)
     share_cores(config.engine.threads)
     recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
 
     from chiasm.server import run
 
-    run(config.engine, config.server, served_model_name=config.served_model_name, on_ready=print_ready)
+    run(
+        config.engine,
+        config.server,
+        served_model_name=config.served_model_name,
+        on_ready=print_ready,
+        has_parent=has_parent,
+    )
     _end_at_once()
 
 
-def run_proxy(config: ProxyProcess) -> None:
-    """Run a proxy. Raises ConfigurationError if it cannot be started."""
+def run_proxy(config: ProxyProcess, *, has_parent: bool = False) -> None:
+    """Run a proxy. Raises ConfigurationError if it cannot be started.
+
+    With ``has_parent`` a process of chiasm asks it to end.
+    """
     _begin(config, config.proxy.host, config.proxy.port)
     if config.workers > 1:
         from chiasm.launch.workers import run_workers
 
-        run_workers(config)
+        run_workers(config, has_parent=has_parent)
         return
 
     from chiasm.proxy import run
 
-    run(config.proxy, on_ready=print_ready)
+    run(config.proxy, on_ready=print_ready, has_parent=has_parent)
 
 
 def run_worker(config: WorkerProcess) -> None:
@@ -56,7 +68,8 @@ def run_worker(config: WorkerProcess) -> None:
     from chiasm.proxy.siblings import Worker
 
     worker = Worker(config.number, config.count, config.folder)
-    run(config.proxy, on_ready=print_ready, worker=worker, listener=socket.socket(fileno=config.listener))
+    listener = socket.socket(fileno=config.listener)
+    run(config.proxy, on_ready=print_ready, worker=worker, listener=listener, has_parent=True)
 
 
 def run_child(name: str) -> None:
@@ -69,13 +82,13 @@ def run_child(name: str) -> None:
     if not line:  # the parent has died already
         return
     if name == "proxy":
-        run_proxy(from_json(line, ProxyProcess))
+        run_proxy(from_json(line, ProxyProcess), has_parent=True)
     elif name.startswith("worker-"):
         from chiasm.launch.workers import WorkerProcess
 
         run_worker(from_json(line, WorkerProcess))
     else:
-        run_instance(from_json(line, InstanceProcess))
+        run_instance(from_json(line, InstanceProcess), has_parent=True)
 
 
 def _begin(config: ProcessConfig, host: str, port: int) -> None:

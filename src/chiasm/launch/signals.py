@@ -15,7 +15,9 @@ class EndSignals:
     A loop checks ``received``: an exception, which a signal could raise anywhere, would interrupt the clean-up too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_parent: bool = False) -> None:
+        """With ``has_parent`` SIGTERM counts once, as it does for :class:`chiasm.http.serve.HttpServer`."""
+        self._has_parent = has_parent
         self.received: signal.Signals | None = None
         """The first one that arrived."""
         self.are_repeated = False
@@ -37,5 +39,6 @@ class EndSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.are_repeated = self.received is not None
+        if self.received is not None and not (self._has_parent and number == signal.SIGTERM):
+            self.are_repeated = True
         self.received = self.received or signal.Signals(number)

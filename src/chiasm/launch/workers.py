@@ -42,17 +42,17 @@ class WorkerProcess(ProcessConfig):
     """Where the workers' sockets are."""
 
 
-def run_workers(config: ProxyProcess) -> None:
+def run_workers(config: ProxyProcess, *, has_parent: bool = False) -> None:
     """Run ``config.workers`` workers until SIGTERM or SIGINT, and until what runs in them has ended; on the main thread.
 
-    Raises ConfigurationError if they cannot be started.
+    With ``has_parent`` another process of chiasm asks for that. Raises ConfigurationError if they cannot be started.
     """
     listener = bind(config.proxy.host, config.proxy.port)
     url = url_of(listener, config.proxy.http.scheme)
     folder = LockedFolder(_PREFIX, in_memory())  # a short path, as addresses of sockets have to be
     workers = [_worker(config, number, listener.fileno(), folder.path) for number in range(config.workers)]
     try:
-        with EndSignals() as signals:
+        with EndSignals(has_parent=has_parent) as signals:
             for one in workers:
                 one.start()
             is_announced = False

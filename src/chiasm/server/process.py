@@ -34,12 +34,14 @@ def run(
     *,
     served_model_name: str | None = None,
     on_ready: Callable[[str], None] | None = None,
+    has_parent: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then until nothing runs; call it on the main thread. Returns with everything stopped.
 
     What runs has ``server_config.shutdown_timeout_seconds`` to end, or until a second signal; then it ends with an error.
     The port is bound first, and /health answers while the model loads. When the model is loaded, ``on_ready`` is called with
-    the base URL, on another thread. The model's name is that of its folder unless ``served_model_name`` is given. Raises
+    the base URL, on another thread. The model's name is that of its folder unless ``served_model_name`` is given. With
+    ``has_parent`` a process of chiasm asks this one to end. Raises
     ConfigurationError if the address is in use, if it can be reached from other machines and there is no fleet key, or if the
     model cannot be served.
     """
@@ -65,6 +67,7 @@ def run(
         on_stop=context.drain,
         is_idle=lambda: context.is_idle,
         interrupt_all=context.interrupt_all,
+        has_parent=has_parent,
     )
 
     context.on_drain = server.drain
