@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from chiasm.http import client as client_module
+from chiasm.http import trust
 from chiasm.http.client import HttpClient, NoConnectionError
 from chiasm.http.client_connection import MAX_HEAD_BYTES, NotHttpError, Response
 
@@ -498,5 +499,26 @@ async def test_https_needs_a_certificate_that_is_trusted(
             await ask(client, url, body)
         assert isinstance(refused.value.__cause__, ssl.SSLCertVerificationError)
         assert not server.bodies
+    client.close()
+    listener.close()
+
+
+async def test_authorities_that_were_replaced_are_read_again_when_a_certificate_is_not_trusted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(CERTIFICATES / "good.pem", CERTIFICATES / "key.pem")
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
+    port = listener.sockets[0].getsockname()[1]
+    trusted = tmp_path / "authorities.pem"
+    trusted.write_bytes((CERTIFICATES / "self_signed.pem").read_bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    monkeypatch.setattr(trust, "_KEPT_SECONDS", 0.0)
+    client = make()
+    client._addresses["images.example", port] = await addresses("127.0.0.1", port)
+    with pytest.raises(NoConnectionError):
+        await ask(client, f"https://images.example:{port}")
+    trusted.write_bytes((CERTIFICATES / "authority.pem").read_bytes())
+    assert await ask(client, f"https://images.example:{port}") == b"hi"
     client.close()
     listener.close()

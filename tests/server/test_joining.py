@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
 from aiohttp import web
 
-from chiasm.http import lookup
+from chiasm.http import lookup, trust
 from chiasm.http.listen import bind
 from chiasm.server import joining
 from chiasm.server.joining import Joiner
 from chiasm.wire import LEASE_PATH, Lease, LeaseAnswer
 
+CERTIFICATES = Path(__file__).parents[1] / "media/certificates"
 ONE, TWO, NOBODY = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 NEVER: list[str] = []
 
@@ -139,6 +142,41 @@ async def test_a_name_that_nobody_answers_keeps_an_instance_from_no_other_proxy(
     joiner.start()
     await asyncio.wait_for(proxies.held[ONE].wait(), 60)
     await joiner.close()
+
+
+async def test_an_instance_joins_when_the_proxys_new_authority_is_trusted_at_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    called = asyncio.Semaphore(0)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(CERTIFICATES / "good.pem", CERTIFICATES / "key.pem")
+    context.sni_callback = lambda *_: called.release()
+    trusted = tmp_path / "authorities.pem"
+    trusted.write_bytes((CERTIFICATES / "self_signed.pem").read_bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    monkeypatch.setattr(trust, "_KEPT_SECONDS", 0.0)
+    joined = asyncio.Event()
+
+    async def grant(request: web.Request) -> web.Response:
+        joined.set()
+        return web.Response(body=msgspec.json.encode(LeaseAnswer(state="healthy")))
+
+    application = web.Application()
+    application.router.add_post(LEASE_PATH, grant)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0)
+    await runner.setup()
+    with bind(ONE, 0) as listener:
+        await web.SockSite(runner, listener, ssl_context=context).start()
+        url = f"https://images.example:{listener.getsockname()[1]}"
+        joiner = Joiner([url], None, lease, lookup=Names([ONE]))
+        joiner.start()
+        async with asyncio.timeout(60):
+            for _ in range(2):  # it calls again because the first call has failed
+                await called.acquire()
+            trusted.write_bytes((CERTIFICATES / "authority.pem").read_bytes())
+            await joined.wait()
+        await joiner.close()
+        await runner.cleanup()
 
 
 async def test_an_instance_joins_when_dns_knows_the_proxy_at_last(

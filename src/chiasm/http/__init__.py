@@ -12,7 +12,8 @@ what may be refused on the way.
 ``admin`` who is the operator, ``neighbours`` who is of this machine, and ``fleet_calls`` who is of the fleet. ``tls`` has the
 certificate and ``tls_listener`` the handshakes, ``watch`` notices files that were replaced, ``liveness`` answers supervisors.
 For calls of other servers, ``client`` keeps connections, ``client_connection`` is one of them, ``lookup`` finds addresses of
-names, ``answer`` reads what they answer, and ``vanished`` breaks connections to hosts that are gone.
+names, ``trust`` says whose certificates are believed, ``answer`` reads what they answer, and ``vanished`` breaks connections to
+hosts that are gone.
 
 Nothing here knows engines or instances: what an answer contains comes from a handler.
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from urllib.parse import quote, urlsplit
 import aiohappyeyeballs
 
 from chiasm.http.client_connection import ClientConnection, Response
+from chiasm.http.trust import Trust
 
 _LOOKUP_SECONDS = 10.0
 """How long the addresses of a name hold."""
@@ -70,7 +70,7 @@ class HttpClient:
         """Those that wait for a request, the last used at the end."""
         self._all: set[ClientConnection] = set()
         self._addresses: dict[tuple[str, int], tuple[float, list[Any]]] = {}
-        self._trusted: ssl.SSLContext | None = None
+        self._trust = Trust()
         self._closing_unused: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
@@ -130,12 +130,13 @@ class HttpClient:
                         lambda connection: self._lose(server, connection),
                     ),
                     sock=made,
-                    ssl=self._context() if server.is_tls else None,
+                    ssl=self._trust.context if server.is_tls else None,
                     server_hostname=server.host if server.is_tls else None,
                 )
         except BaseException as error:
             if made is not None:
                 made.close()
+            self._trust.note(error)
             if isinstance(error, OSError | UnicodeError):
                 raise NoConnectionError(f"no connection to {server.host}:{server.port}") from error
             raise
@@ -150,12 +151,6 @@ class HttpClient:
             found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self._addresses[host, port] = (now + _LOOKUP_SECONDS, found)
         return found
-
-    def _context(self) -> ssl.SSLContext:
-        if self._trusted is None:
-            self._trusted = ssl.create_default_context()
-            self._trusted.set_alpn_protocols(["http/1.1"])
-        return self._trusted
 
     def _keep(self, server: _Server, connection: ClientConnection) -> None:
         self._free.setdefault(server, []).append(connection)

@@ -22,6 +22,7 @@ from chiasm.http.answer import read_beginning
 from chiasm.http.fleet_calls import OtherClock, body_digest, signature
 from chiasm.http.listen import base_url
 from chiasm.http.lookup import Lookup, addresses_of, look_up
+from chiasm.http.trust import Trust
 from chiasm.server.advertise import MAX_PROXIES
 from chiasm.tasks import end_tasks
 from chiasm.wire import DRAINING, LEASE_PATH, RENEW_SECONDS, UNREADABLE, ErrorBody, Lease, LeaseAnswer
@@ -148,6 +149,7 @@ class _Line:
         self._url = f"{base_url(address, port, parts.scheme)}{LEASE_PATH}"
         self._headers = {"Host": parts.netloc, "Content-Type": "application/json"}
         self._server_hostname = parts.hostname if parts.scheme == "https" else None
+        self._trust = Trust()
         self._session = session
         self._key = key
         self._describe = describe
@@ -193,6 +195,7 @@ class _Line:
                 self._note(False, f"refuses: {error}")
                 await asyncio.sleep(_REFUSED_DELAY_SECONDS)
             except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is one
+                self._trust.note(error)
                 self._note(False, f"can't be reached: {str(error) or type(error).__name__}")
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
@@ -246,6 +249,7 @@ class _Line:
             headers=headers,
             timeout=timeout,
             allow_redirects=False,
+            ssl=True if self._server_hostname is None else self._trust.context,
             server_hostname=self._server_hostname,
         ) as response:
             content = await read_beginning(response, _MAX_ANSWER_BYTES)
