@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -273,6 +274,20 @@ class TestErrors:
         assert response.status_code == 500
         assert "secret" not in response.text
         assert "secret" in caplog.text
+
+    @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+    def test_one_after_the_end_of_a_whole_stream_is_not_told(self, end: str) -> None:
+        whole = f"data: one{end}data: [DONE]{end}".encode()
+
+        async def handler(exchange: Exchange) -> None:
+            exchange.deadline = time.monotonic()
+            await exchange.start_events()
+            await exchange.write(whole)
+            async with exchange.until_deadline():
+                await never(exchange)
+
+        with site(handler) as server:
+            assert post(server.url).content == whole
 
     def test_one_in_a_stream_is_its_last_event(self) -> None:
         async def handler(exchange: Exchange) -> None:

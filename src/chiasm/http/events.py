@@ -7,6 +7,8 @@ from chiasm.wire import NAMED_EVENT_PATHS
 CONTENT_TYPE = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 """Ends a successful stream of the OpenAI API."""
+ENDS = (DONE, b"data: [DONE]\r\n\r\n")
+"""The same as servers write it."""
 MAX_EVENT_BYTES = 16 << 20
 """A longer event is passed on in pieces."""
 

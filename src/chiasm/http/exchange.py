@@ -73,6 +73,8 @@ class Exchange:
         self.held_bytes = 0
         """What it holds now; ``hold``, ``give_back`` and ``release`` change it."""
         self._is_streaming = False
+        self._is_whole = False
+        """Whether the last events say that the stream is whole."""
         self._is_complete = False
         self._task: asyncio.Task[object] | None = None
         self._interruption: Exception | None = None
@@ -170,6 +172,7 @@ class Exchange:
     async def write(self, data: bytes) -> None:
         """Send whole events; nothing if there are none."""
         if data:
+            self._is_whole = data.endswith(events.ENDS)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end_events(self, data: bytes = b"") -> None:
@@ -178,13 +181,16 @@ class Exchange:
         await self._send_last(data)
 
     async def fail(self, error: ChiasmError) -> None:
-        """Answer with an error: with its status if the answer has not begun, otherwise as the stream's last event."""
+        """Answer with an error: with its status if the answer has not begun, otherwise as the stream's last event.
+
+        A stream that is whole ends without one, whatever keeps its server from ending it.
+        """
         if self.status is None:
             await self.reply(
                 error_body(error), status=error.status, headers=[*error_headers(error), *self.error_headers]
             )
         elif self._is_streaming:
-            await self.end_events(events.error_event(error_body(error), self._path))
+            await self.end_events(b"" if self._is_whole else events.error_event(error_body(error), self._path))
 
     async def _send_last(self, data: bytes) -> None:
         # Before the client has the answer: its next request finds the place free.

@@ -13,11 +13,10 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from msgspec import Raw
 
-from chiasm.http.events import MAX_EVENT_BYTES, EventSplitter
+from chiasm.http.events import ENDS, MAX_EVENT_BYTES, EventSplitter
 from chiasm.proxy.upstream import InstanceError, UpstreamError
 from chiasm.wire import KV_COMMENT, TOKENS_COMMENT, UNREADABLE
 
-_DONE = (b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n")
 _ABORTED = "An instance aborted its answer."
 
 _KV_PREFIX, _TOKENS_PREFIX = f": {KV_COMMENT} ".encode(), f": {TOKENS_COMMENT}".encode()
@@ -51,7 +50,7 @@ class EventRelay:
         if _ERROR_KEY in events and (failed := _ERROR_EVENT.search(events)):
             self._has_failed = True
             return events[: failed.end()]
-        if events.endswith(_DONE) and not self._commented:
+        if events.endswith(ENDS) and not self._commented:
             self._commented = True
             done = events[events.rindex(b"data:") :]
             return events[: -len(done)] + self._last_comment() + done
