@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from chiasm.launch.child import Child, ProcessState
 from tests.launch.waiting import alive, eventually
 
 Start = Callable[..., Child]
+PR_SET_CHILD_SUBREAPER = 36
 SERVES = "import time; print('ready http://127.0.0.1:1', flush=True); time.sleep(600)"
 
 
@@ -148,6 +151,50 @@ def test_children_of_a_killed_process_are_killed(start: Start, stdout: str) -> N
     process.kill()
     assert eventually(lambda: not alive(left))
     assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
+
+
+@pytest.fixture
+def adopting() -> Iterator[None]:
+    """Whoever loses its parent below this process becomes its child, as that of the first process of a container."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process adopt others")
+@pytest.mark.usefixtures("adopting")
+def test_the_first_process_of_a_container_keeps_no_zombies_of_a_killed_process(start: Start) -> None:
+    child = start(
+        "import subprocess, sys\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('ready x', flush=True); other.wait()"
+    )
+    assert eventually(lambda: child.state is ProcessState.READY)
+    process = psutil.Process(child.pid)
+    (left,) = process.children()
+    process.kill()
+    assert eventually(lambda: child.restarts >= 1 and child.state is ProcessState.READY)
+    assert not psutil.pid_exists(left.pid)
+
+
+@pytest.mark.parametrize("reader", ["ready", "log"])
+def test_a_process_that_no_thread_can_follow_is_started_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    begin, refused = threading.Thread.start, [f"chiasm-thing-{reader}"]
+
+    def begin_unless_refused(thread: threading.Thread) -> None:
+        if thread.name in refused:
+            refused.remove(thread.name)
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", begin_unless_refused)
+    child = start(SERVES)
+    assert eventually(lambda: child.state is ProcessState.READY)
+    assert child.restarts == 1
+    assert "cannot be followed: can't start new thread" in child.lines
 
 
 def test_a_process_dies_also_where_another_one_keeps_its_streams(start: Start) -> None:

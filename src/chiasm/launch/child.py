@@ -37,6 +37,8 @@ _READY = "ready "
 _STDIN = 0
 _LAST_LINES_SECONDS = 1.0
 """Time to read what an ended process has logged; longer only where another process still has its streams."""
+_REAP_SECONDS = 0.5
+"""Time for killed processes to be gone."""
 _PARTS = 10
 _LINES_KEPT = 200
 _LINE_CHARACTERS = 8192
@@ -229,17 +231,24 @@ class Child:
                 ("log", self._pass_on, process.stderr),
             )
         ]
-        for reader in readers:
-            reader.start()
+        reading = []
+        try:
+            for reader in readers:
+                reader.start()
+                reading.append(reader)
+        except RuntimeError as error:  # the system has no thread for it, as beyond a limit of processes
+            self._note(f"cannot be followed: {error}")
+            self._signal(signal.SIGKILL)
         _await_exit(process)
         with self._lock:  # once waited for, its number may belong to another process
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed process leaves of its own
             code = process.wait()
             self._process = self.pid = None
-        for reader in readers:
+        for reader in reading:
             for _ in range(_PARTS):  # in parts: while the machine stands still, only one of them passes
                 reader.join(_LAST_LINES_SECONDS / _PARTS)
+        _reap_orphans(process.pid)
         with contextlib.suppress(OSError):
             process.stdin.close()
         return code
@@ -337,6 +346,17 @@ def _await_exit(process: Process) -> None:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     else:
         process.wait()
+
+
+def _reap_orphans(group: int) -> None:
+    """Free the numbers of the killed processes of a group that are this process's children.
+
+    They are if this is the first process of a container: whoever loses its parent becomes its child.
+    """
+    until = time.monotonic() + _REAP_SECONDS
+    with contextlib.suppress(ChildProcessError):  # there are no more
+        while os.waitpid(-group, os.WNOHANG)[0] or time.monotonic() < until:
+            time.sleep(_REAP_SECONDS / _PARTS)
 
 
 def _last_error(lines: Sequence[str]) -> str | None:
