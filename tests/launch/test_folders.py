@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -52,6 +53,35 @@ def test_small_files_are_not_kept_in_memory_without_room(full: dict[str, int], m
 def test_a_folder_that_cannot_be_made_is_refused_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"Cannot make a folder in .*/missing: No such file.*TMPDIR"):
         LockedFolder("some-", tmp_path / "missing")
+
+
+@pytest.fixture
+def _no_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a service may write nowhere but in its own folders."""
+
+    def refuse() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+
+
+@pytest.mark.usefixtures("_no_temporary_files")
+def test_without_a_folder_for_temporary_files_the_reason_is_told() -> None:
+    with pytest.raises(ConfigurationError, match=r"Temporary files can't be written: No usable .* TMPDIR"):
+        StorageFolder()
+
+
+def test_an_instance_that_can_write_no_temporary_files_says_so() -> None:
+    code = (
+        "import tempfile\n"
+        "def refuse(): raise FileNotFoundError(2, 'No usable temporary directory found')\n"
+        "tempfile.gettempdir = refuse\n"
+        "from chiasm.cli.app import main; main()"
+    )
+    command = [sys.executable, "-c", code, "instance", "demo", "--role", "aggregated", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("Error: Temporary files can't be written: No usable temporary directory found.")
 
 
 def test_removing_it_removes_its_files_and_can_be_repeated() -> None:

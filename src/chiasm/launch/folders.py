@@ -30,6 +30,16 @@ def in_memory() -> Path | None:
     return SHARED_MEMORY if _has_room(SHARED_MEMORY, _SMALL_BYTES) else None
 
 
+def temporary_folder() -> Path:
+    """Return the folder for temporary files. Raises ConfigurationError if there is none that can be written."""
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise ConfigurationError(
+            f"Temporary files can't be written: {error.strerror}. Free some room, or name another folder for them with TMPDIR."
+        ) from error
+
+
 class LockedFolder:
     """A new folder of mode 0700.
 
@@ -39,7 +49,7 @@ class LockedFolder:
 
     def __init__(self, prefix: str, parent: Path | None = None) -> None:
         """Make a folder whose name begins with ``prefix``, by default among temporary files. Raises ConfigurationError."""
-        parent = parent or Path(tempfile.gettempdir())
+        parent = parent or temporary_folder()
         remove_stale(parent, prefix)
         try:
             self.path, self._lock = _make_locked(parent, prefix)
@@ -70,7 +80,7 @@ class StorageFolder(LockedFolder):
 
     def __init__(self, max_bytes: int | None = None) -> None:
         """``max_bytes`` bounds the embeddings; None: 4 GiB, or less where there is less room. Raises ConfigurationError."""
-        for candidate in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for candidate in (SHARED_MEMORY, temporary_folder()):
             remove_stale(candidate, STORAGE_PREFIX)
         super().__init__(STORAGE_PREFIX, _roomy_parent(max_bytes))
         self.max_bytes = max_bytes or min(DEFAULT_MAX_BYTES, max(LEAST_BYTES, _fair_share(self.path)))
@@ -126,7 +136,7 @@ def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
 
 def _roomy_parent(max_bytes: int | None) -> Path:
     needed = max_bytes or 2 * LEAST_BYTES
-    return SHARED_MEMORY if _has_room(SHARED_MEMORY, needed) else Path(tempfile.gettempdir())
+    return SHARED_MEMORY if _has_room(SHARED_MEMORY, needed) else temporary_folder()
 
 
 def _has_room(folder: Path, num_bytes: int) -> bool:

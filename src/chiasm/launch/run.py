@@ -12,6 +12,7 @@ from chiasm.cores import pin_to, share_cores
 from chiasm.heap import recycle_large_buffers
 from chiasm.http.log_format import formatter
 from chiasm.launch.child import end_with_stdin, print_ready
+from chiasm.launch.folders import temporary_folder
 from chiasm.launch.ports import check_port
 from chiasm.launch.process import InstanceProcess, ProcessConfig, ProxyProcess, from_json
 
@@ -28,6 +29,7 @@ def run_instance(config: InstanceProcess, *, has_parent: bool = False) -> NoRetu
     With ``has_parent`` a process of chiasm asks it to end.
     """
     _begin(config, config.server.host, config.server.port)
+    temporary_folder()  # torch can't be imported without one, and says something else
     share_cores(config.engine.threads)
     recycle_large_buffers(kept_bytes=_KEPT_BYTES, arenas=_ARENAS)
 
