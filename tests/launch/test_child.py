@@ -178,11 +178,10 @@ def test_the_first_process_of_a_container_keeps_no_zombies_of_a_killed_process(s
     assert not psutil.pid_exists(left.pid)
 
 
-@pytest.mark.parametrize("reader", ["ready", "log"])
-def test_a_process_that_no_thread_can_follow_is_started_again(
-    start: Start, monkeypatch: pytest.MonkeyPatch, reader: str
-) -> None:
-    begin, refused = threading.Thread.start, [f"chiasm-thing-{reader}"]
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of threads for which there is no room, each once."""
+    begin, refused = threading.Thread.start, list[str]()
 
     def begin_unless_refused(thread: threading.Thread) -> None:
         if thread.name in refused:
@@ -191,6 +190,21 @@ def test_a_process_that_no_thread_can_follow_is_started_again(
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", begin_unless_refused)
+    return refused
+
+
+def test_a_process_for_which_there_is_no_thread_cannot_be_started(start: Start, refused: list[str]) -> None:
+    refused.append("chiasm-thing")
+    child = start(SERVES)
+    assert child.join(0.0)
+    assert child.state is ProcessState.FAILED
+    assert child.failure is not None
+    assert child.failure.message == "thing cannot be started: can't start new thread."
+
+
+@pytest.mark.parametrize("reader", ["ready", "log"])
+def test_a_process_that_no_thread_can_follow_is_started_again(start: Start, refused: list[str], reader: str) -> None:
+    refused.append(f"chiasm-thing-{reader}")
     child = start(SERVES)
     assert eventually(lambda: child.state is ProcessState.READY)
     assert child.restarts == 1

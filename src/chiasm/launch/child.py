@@ -141,7 +141,11 @@ class Child:
 
     def start(self) -> None:
         """Start the command, now and whenever it dies."""
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system has no thread for it
+            self.failure = ConfigurationError(f"{self.name} cannot be started: {error}.")
+            self._change(ProcessState.FAILED)
 
     def end(self, *, at_once: bool = False) -> None:
         """Ask the process to end when nothing runs in it, or ``at_once``; it is not started again. Returns at once."""
