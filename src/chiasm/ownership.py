@@ -1,11 +1,26 @@
-"""Whether a file or a folder is this user's alone to write, or to read."""
+"""Whether a file or a folder is this user's to look up, or this user's alone to write, or to read."""
 
 from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 _ROOT = 0
+
+
+def within_reach(path: Path) -> Path:
+    """Return a path, which need not exist. Raises PermissionError if this user may not see whether it does.
+
+    From Python 3.14 on, ``Path.exists`` and the like answer False then.
+    """
+    try:
+        path.stat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        pass
+    return path
 
 
 def other_writers(status: os.stat_result) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 from chiasm.errors import ConfigurationError
 from chiasm.media.url import InvalidURLError, host_of
 from chiasm.options import Option, check_not_negative, check_positive
+from chiasm.ownership import within_reach
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class MediaConfig:
         )
         check_not_negative(self, "max_redirects")
         folder = self.allowed_local_media_path
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not within_reach(folder).is_dir():
             raise ConfigurationError(f"allowed_local_media_path must name a folder, but {folder} is not one.")
         for network in self.allowed_media_networks:
             try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from chiasm.errors import ChiasmError, ConfigurationError
+from chiasm.ownership import within_reach
 
 JsonObject = dict[str, Any]
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -209,7 +210,7 @@ def _folder_without_hub(model: str) -> Path | None:
     from chiasm import checkpoints
 
     path = Path(os.path.expanduser(model))
-    if model and (path / "config.json").is_file():
+    if model and within_reach(path / "config.json").is_file():
         return path
     if model in checkpoints.names():
         return checkpoints.folder(model)

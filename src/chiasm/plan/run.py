@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from chiasm.errors import ConfigurationError
 from chiasm.options import Option, flag
+from chiasm.ownership import within_reach
 
 if TYPE_CHECKING:
     from chiasm.bench.traffic import Traffic
@@ -208,7 +209,7 @@ def _measured(config: PlanConfig, cpu: Device) -> tuple[ModelShape, Callable[[Pl
     name = model_name(config.model)
     path = config.costs or _cache() / f"{name.replace('/', '--')}-{cpu.cores}.json"
     with _checkpoint(config.model) as folder:
-        if config.calibrate or not path.exists():
+        if config.calibrate or not within_reach(path).exists():
             from chiasm.plan.calibration import calibrate
 
             check_writable(path)
