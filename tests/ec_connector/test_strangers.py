@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,6 +198,20 @@ def test_who_is_granted_what_it_waited_for_and_says_nothing_is_disconnected(
     encoder.encode("cat")
     assert hear(false_reader).granted
     assert false_reader.is_closed()
+
+
+def test_an_encoder_that_closes_also_closes_what_has_just_connected() -> None:
+    with warnings.catch_warnings(record=True) as unclosed:
+        warnings.simplefilter("always", ResourceWarning)
+        for _ in range(20):  # in some of them, it has accepted a connection and not handed it over yet
+            encoder = Encoder("TcpConnector")
+            with contextlib.ExitStack() as connections:
+                for _ in range(3):
+                    address = (encoder.place.host, encoder.place.port)
+                    connections.enter_context(socket.create_connection(address))
+                encoder.close()
+        gc.collect()
+    assert [str(warning.message) for warning in unclosed if "_SelectorSocketTransport" in str(warning.message)] == []
 
 
 def hear(reader: FalseReader) -> Here:

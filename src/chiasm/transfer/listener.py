@@ -91,9 +91,10 @@ class Listener(Generic[_Incoming]):
             partial(self._accept, serve, gone), sock=self._socket, backlog=BACKLOG, limit=READ_AHEAD_BYTES
         )
         await closing.wait()
-        server.close()
-        for _ in range(_TURNS_OF_ACCEPTING):  # those that asyncio has accepted and not handed over yet
+        asyncio.get_running_loop().remove_reader(self._socket)  # accept no more
+        for _ in range(_TURNS_OF_ACCEPTING):  # those that asyncio has accepted, which a closed server takes no more
             await asyncio.sleep(0)
+        server.close()
         await end_tasks(*self._strangers, *self._readers)
         await end_tasks(progress)
         self._log_limit.flush()
