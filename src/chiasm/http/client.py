@@ -11,12 +11,13 @@ import asyncio
 import socket
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import aiohappyeyeballs
 
 from chiasm.http.client_connection import ClientConnection, Response
+from chiasm.http.lookup import AddressInfo, resolve
 from chiasm.http.trust import Trust
 
 _LOOKUP_SECONDS = 10.0
@@ -69,7 +70,7 @@ class HttpClient:
         self._free: dict[_Server, list[ClientConnection]] = {}
         """Those that wait for a request, the last used at the end."""
         self._all: set[ClientConnection] = set()
-        self._addresses: dict[tuple[str, int], tuple[float, list[Any]]] = {}
+        self._addresses: dict[tuple[str, int], tuple[float, list[AddressInfo]]] = {}
         self._trust = Trust()
         self._closing_unused: asyncio.TimerHandle | None = None
 
@@ -143,12 +144,12 @@ class HttpClient:
         self._all.add(connection)
         return connection
 
-    async def _look_up(self, host: str, port: int) -> list[Any]:
-        now = self._loop.time()
-        until, found = self._addresses.get((host, port), (now, []))
-        if until <= now:
+    async def _look_up(self, host: str, port: int) -> list[AddressInfo]:
+        until, found = self._addresses.get((host, port), (0.0, []))
+        if until <= self._loop.time():
+            found = await resolve(host, port)
+            now = self._loop.time()
             self._addresses = {key: value for key, value in self._addresses.items() if value[0] > now}
-            found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self._addresses[host, port] = (now + _LOOKUP_SECONDS, found)
         return found
 
