@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import ssl
@@ -361,6 +362,45 @@ async def test_a_call_that_is_cancelled_when_its_response_has_come_leaves_the_ne
         first.cancel()
         assert await second == b"hi"
         await asyncio.gather(first, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+async def test_a_call_that_is_cancelled_just_when_its_response_begins_breaks_its_connection_off(
+    client: HttpClient, is_at_once: bool
+) -> None:
+    """Before the call has noticed, the head comes: on asyncio's loop in one of the two cases, on uvloop in the other."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        call = asyncio.create_task(client.request("POST", "http://{}:{}".format(*listener.getsockname()), {}, b""))
+        accepted, _ = await loop.sock_accept(listener)
+    with accepted:
+        await loop.sock_recv(accepted, 1 << 16)
+        accepted.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        if is_at_once:
+            call.cancel()
+        else:
+            loop.call_soon(call.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with contextlib.suppress(ConnectionError):
+                assert await loop.sock_recv(accepted, 1) == b""
+
+
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n", b""], ids=["speaks", "closes"])
+async def test_a_server_that_does_not_wait_for_a_request_ends_the_call(
+    server: Server, client: HttpClient, greeting: bytes
+) -> None:
+    async def script(server: Server, reader: StreamReader, writer: StreamWriter) -> None:
+        writer.write(greeting)
+
+    server.script = script
+    calls = [client.request("POST", server.url, {}, b"") for _ in range(50)]
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} <= ({NotHttpError} if greeting else {ConnectionResetError})
+    assert not client._all
 
 
 async def test_a_body_that_nobody_reads_pauses_the_connection(server: Server, client: HttpClient) -> None:

@@ -141,7 +141,8 @@ class HttpClient:
             if isinstance(error, OSError | UnicodeError):
                 raise NoConnectionError(f"no connection to {server.host}:{server.port}") from error
             raise
-        self._all.add(connection)
+        if connection.lost_by is None:
+            self._all.add(connection)
         return connection
 
     async def _look_up(self, host: str, port: int) -> list[AddressInfo]:

@@ -115,13 +115,16 @@ class ClientConnection(asyncio.Protocol):
         self._is_sending = False
         self._may_write: asyncio.Future[None] | None = None
         self._is_paused = False
-        self.is_lost = False
+        self.lost_by: OSError | None = None
+        """Why it is lost, if it is."""
 
     async def request(self, head: bytes, body: bytes) -> Response:
         """Send a request and return its response when the head has arrived. Cancelled, it breaks the connection off.
 
         Raises ConnectionError if the connection is lost first.
         """
+        if self.lost_by is not None:  # before anybody could ask
+            raise self.lost_by
         awaited: asyncio.Future[Response] = self._loop.create_future()
         self._awaited = awaited
         try:
@@ -144,7 +147,7 @@ class ClientConnection(asyncio.Protocol):
 
     def resume_reading(self, response: Response) -> None:
         """Read on if reading was paused for this response."""
-        if self._is_paused and self._response is response and not self.is_lost:
+        if self._is_paused and self._response is response and self.lost_by is None:
             self._is_paused = False
             self._transport.resume_reading()
 
@@ -161,9 +164,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _fail(self, error: OSError) -> None:
         """Give the connection up; whoever waits for something gets the error."""
-        if self.is_lost:
+        if self.lost_by is not None:
             return
-        self.is_lost = True
+        self.lost_by = error
         self._transport.abort()
         self._on_lost(self)
         awaited, self._awaited = self._awaited, None
@@ -180,7 +183,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.is_lost:
+        if self.lost_by is not None:
             return
         self._uncounted_bytes += len(data)
         try:
@@ -231,11 +234,13 @@ class ClientConnection(asyncio.Protocol):
         headers = self._headers
         is_chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
         self._ends_with_connection = not (is_chunked or "content-length" in headers or status in _NO_BODY)
-        self._response = Response(self, status, headers)
-        awaited, self._awaited = self._awaited, None
+        awaited = self._awaited
         assert awaited is not None
-        if not awaited.done():
-            awaited.set_result(self._response)
+        if awaited.done():
+            raise NotHttpError("the response came when the call had just been cancelled")
+        self._awaited = None
+        self._response = Response(self, status, headers)
+        awaited.set_result(self._response)
         if self._is_sending:
             self.resume_writing()
 
