@@ -240,6 +240,7 @@ async def test_a_body_that_is_not_http_ends_where_it_is_not(server: Server, clie
     [
         b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nhi",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked \r\n\r\n2\r\nhi\r\n",
     ],
 )
 async def test_a_response_that_is_cut_off_is_not_taken_for_whole(
@@ -528,12 +529,14 @@ async def test_https_needs_a_certificate_that_is_trusted(
     port = listener.sockets[0].getsockname()[1]
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATES / "authority.pem"))
     client = make()
-    client._addresses["images.example", port] = await addresses("127.0.0.1", port)
+    for name in ("images.example", "images.example."):
+        client._addresses[name, port] = await addresses("127.0.0.1", port)
     body = bytes(8 << 20)
     url = f"https://images.example:{port}"
     if kind == "good":
         assert [await ask(client, url, body) for _ in range(2)] == [b"hi"] * 2
-        assert (server.bodies, server.connections) == ([body, body], 1)
+        assert await ask(client, f"https://images.example.:{port}") == b"hi"  # a name with all its parts
+        assert (server.bodies, server.connections) == ([body, body, b"{}"], 2)
     else:
         with pytest.raises(NoConnectionError) as refused:
             await ask(client, url, body)

@@ -132,7 +132,7 @@ class HttpClient:
                     ),
                     sock=made,
                     ssl=self._trust.context if server.is_tls else None,
-                    server_hostname=server.host if server.is_tls else None,
+                    server_hostname=server.host.rstrip(".") if server.is_tls else None,
                 )
         except BaseException as error:
             if made is not None:

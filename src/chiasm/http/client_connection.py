@@ -222,7 +222,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._response is None:  # otherwise it is a trailer
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")
             headers = self._headers
             headers[key] = f"{headers[key]}, {text}" if key in headers else text
 
