@@ -395,6 +395,8 @@ async def test_a_server_that_does_not_wait_for_a_request_ends_the_call(
 ) -> None:
     async def script(server: Server, reader: StreamReader, writer: StreamWriter) -> None:
         writer.write(greeting)
+        if greeting:
+            await reader.read()
 
     server.script = script
     calls = [client.request("POST", server.url, {}, b"") for _ in range(50)]
@@ -448,6 +450,26 @@ async def test_a_server_may_answer_before_it_has_the_body(server: Server, client
     assert (response.status, await whole(response)) == (413, b"no")
     server.script = answering(OK)
     assert await ask(client, server.url) == b"hi"
+
+
+async def test_a_connection_with_a_request_that_was_answered_but_is_not_sent_is_not_used_again(
+    server: Server, client: HttpClient
+) -> None:
+    async def script(server: Server, reader: StreamReader, writer: StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nno")
+        await asyncio.Event().wait()
+
+    client._prepare = lambda made: made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with socket.create_server(("127.0.0.1", 0)) as narrow:
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener = await asyncio.start_server(server.serve, sock=narrow, limit=1024)
+        server.script = script
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            for _ in range(2):
+                assert await ask(client, "http://{}:{}".format(*narrow.getsockname()), bytes(200_000)) == b"no"
+        assert server.connections == 2
+        listener.close()
 
 
 async def test_a_server_that_goes_in_the_middle_of_a_body_ends_the_call(server: Server, client: HttpClient) -> None:

@@ -261,7 +261,8 @@ class ClientConnection(asyncio.Protocol):
             self._is_paused = False
             self._transport.resume_reading()
         response.end()
-        if self._is_sending or self._ends_with_connection or not self._parser.should_keep_alive():
+        is_sent = not self._is_sending and not self._transport.get_write_buffer_size()
+        if not is_sent or self._ends_with_connection or not self._parser.should_keep_alive():
             self.abort()
         else:
             self.free_since = self._loop.time()
