@@ -490,6 +490,10 @@ async def test_what_keeps_a_connection_from_being_made_is_told(client: HttpClien
     with pytest.raises(NoConnectionError) as unknown:
         await client.request("GET", "http://nowhere.invalid/", {})
     assert isinstance(unknown.value.__cause__, socket.gaierror)
+    for host in ("a..b", "ü..b", "ü" * 64):
+        with pytest.raises(NoConnectionError) as impossible:
+            await client.request("GET", f"http://{host}/", {})
+        assert isinstance(impossible.value.__cause__, UnicodeError)
 
 
 async def test_a_connection_is_made_in_time_or_not_at_all() -> None:

@@ -86,7 +86,10 @@ class HttpClient:
 
         Raises NoConnectionError, another OSError if the connection is lost before that, ValueError if a header cannot be sent.
         """
-        server, beginning = _target(url)
+        try:
+            server, beginning = _target(url)
+        except UnicodeError as error:
+            raise NoConnectionError(f"{url} has a host that can be none") from error
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
             raise ValueError("A header has a character that HTTP doesn't allow.")
