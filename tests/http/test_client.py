@@ -325,6 +325,16 @@ async def test_only_a_question_is_asked_again_when_a_kept_connection_is_closed(
     assert server.connections == (2 if method == "GET" else 1)
 
 
+async def test_a_connection_that_the_server_is_closing_is_not_used_again(server: Server, client: HttpClient) -> None:
+    server.script = once(OK)
+    assert await ask(client, server.url) == b"hi"
+    (connection,) = client._free[client_module._target(server.url).server]
+    while not connection._transport.is_closing():  # noqa: ASYNC110
+        await asyncio.sleep(0)  # nothing tells it before the loop does
+    assert await ask(client, server.url) == b"hi"
+    assert server.connections == 2
+
+
 @pytest.mark.parametrize("arrives", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nhi"])
 async def test_a_call_that_is_cancelled_breaks_its_connection_off(
     server: Server, client: HttpClient, arrives: bytes

@@ -199,6 +199,10 @@ class ClientConnection(asyncio.Protocol):
         elif self._response is not None:
             self._response.wake()
 
+    def eof_received(self) -> None:
+        if self._awaited is None and self._response is None:
+            self.abort()  # before a request goes out on it
+
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is None and self._response is not None and self._ends_with_connection:
             self._response.end()
