@@ -106,7 +106,6 @@ class ClientConnection(asyncio.Protocol):
         """The response whose head hasn't arrived."""
         self._response: Response | None = None
         """That whose body is arriving."""
-        self._status = 0
         self._headers: dict[str, str] = {}
         self._uncounted_bytes = 0
         """What has arrived since the last head or piece of a body."""
@@ -232,7 +231,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._uncounted_bytes = 0
-        self._status = status = self._parser.get_status_code()
+        status = self._parser.get_status_code()
         if status < 200:  # the response itself comes later
             return
         headers = self._headers
