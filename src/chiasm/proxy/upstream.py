@@ -292,7 +292,7 @@ class Upstream:
         sent = {**await self.signed(instance_url, "POST", path, body, headers), "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(None) as limit:
-                line.begin(limit, lambda: limit.reschedule(0))
+                line.begin(limit, lambda: _expire(limit))
                 response = await self._client.request("POST", instance_url + path, sent, body)
         except NoConnectionError as error:
             raise UnreachableError("An instance is unreachable; try again.") from error
@@ -317,10 +317,10 @@ class Upstream:
 
         It counts as work of the instance if its ``line`` is given, and ends when the instance is given up.
         """
-        line = line or Line()
+        line = Line() if line is None else line
         try:
             async with asyncio.timeout(timeout_seconds) as limit:
-                line.begin(limit, lambda: limit.reschedule(0))
+                line.begin(limit, lambda: _expire(limit))
                 with Call(await self._client.request("GET", url, headers or {}), Line()) as call:
                     whole = await call.read(max_bytes)
         except TimeoutError as error:
@@ -333,6 +333,11 @@ class Upstream:
             line.leave(limit)
         line.hear()
         return whole
+
+
+def _expire(limit: asyncio.Timeout) -> None:
+    if not limit.expired():  # by itself, just now
+        limit.reschedule(0)
 
 
 def _reason(error: Exception) -> str:
